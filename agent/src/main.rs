@@ -1,0 +1,2 @@
+//! The `stallscope` binary.
+fn main() {}

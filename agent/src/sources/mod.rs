@@ -1,0 +1,6 @@
+//! Where facts come in.
+
+pub mod net;
+pub mod nvml;
+pub mod probes;
+pub mod procs;

@@ -1,0 +1,1 @@
+//! Ports, queues and flows of the node.

@@ -1,0 +1,1 @@
+//! The NVIDIA management library, one thread per GPU with a deadline.

@@ -1,0 +1,1 @@
+//! The eBPF programs: loading, attaching, reading.

@@ -1,0 +1,1 @@
+//! Processes: discovery, job, rank, GPU.

@@ -1,0 +1,1 @@
+//! The QUIC stream to a collector.

@@ -1,0 +1,102 @@
+//! The loss budget of one window: integer nanoseconds per leaf that sum to the window.
+
+use crate::facts::LeafInterval;
+use crate::leaf::{Class, Leaf};
+
+/// Where one GPU's window went. The leaves sum to the window exactly, always.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Budget {
+    window_ns: u64,
+    leaves: [i64; Leaf::COUNT],
+    /// Bit `i` is set when `Leaf::ALL[i]` was measured; an unmeasured leaf's time sits in its class's residual.
+    measured: u32,
+    intervals: Vec<LeafInterval>,
+}
+
+/// Why leaves do not make a budget.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BudgetError {
+    /// The leaves do not sum to the window.
+    #[error("leaves sum to {sum_ns} ns in a window of {window_ns} ns")]
+    Sum {
+        /// Sum of the leaves.
+        sum_ns: i128,
+        /// Length of the window.
+        window_ns: u64,
+    },
+    /// A leaf that cannot be negative is.
+    #[error("leaf {} is {ns} ns", leaf.name())]
+    Negative {
+        /// Which leaf.
+        leaf: Leaf,
+        /// Its value.
+        ns: i64,
+    },
+}
+
+impl Budget {
+    /// A budget from its leaves.
+    ///
+    /// # Errors
+    /// When the leaves do not sum to `window_ns`, or one that cannot be negative is.
+    pub fn from_leaves(
+        window_ns: u64,
+        leaves: [i64; Leaf::COUNT],
+        measured: u32,
+        intervals: Vec<LeafInterval>,
+    ) -> Result<Self, BudgetError> {
+        let sum_ns: i128 = leaves.iter().copied().map(i128::from).sum();
+        if sum_ns != i128::from(window_ns) {
+            return Err(BudgetError::Sum { sum_ns, window_ns });
+        }
+        for leaf in Leaf::ALL {
+            let ns = leaves[leaf.index()];
+            if ns < 0 && !leaf.may_be_negative() {
+                return Err(BudgetError::Negative { leaf: *leaf, ns });
+            }
+        }
+        Ok(Self { window_ns, leaves, measured, intervals })
+    }
+
+    /// Length of the window in nanoseconds.
+    #[must_use]
+    pub const fn window_ns(&self) -> u64 {
+        self.window_ns
+    }
+
+    /// Nanoseconds of one leaf.
+    #[must_use]
+    pub const fn leaf_ns(&self, leaf: Leaf) -> i64 {
+        self.leaves[leaf.index()]
+    }
+
+    /// All leaves, in the order of [`Leaf::ALL`].
+    #[must_use]
+    pub const fn leaves(&self) -> &[i64; Leaf::COUNT] {
+        &self.leaves
+    }
+
+    /// Whether the leaf was measured; if not, its time is in its class's residual.
+    #[must_use]
+    pub const fn is_measured(&self, leaf: Leaf) -> bool {
+        self.measured & (1 << leaf.index()) != 0
+    }
+
+    /// Bit set of measured leaves.
+    #[must_use]
+    pub const fn measured_bits(&self) -> u32 {
+        self.measured
+    }
+
+    /// Bounds of the leaves that are not exact.
+    #[must_use]
+    pub fn intervals(&self) -> &[LeafInterval] {
+        &self.intervals
+    }
+
+    /// Nanoseconds of one class.
+    #[must_use]
+    pub fn class_ns(&self, class: Class) -> i64 {
+        Leaf::ALL.iter().filter(|leaf| leaf.class() == class).map(|leaf| self.leaf_ns(*leaf)).sum()
+    }
+}

@@ -1,0 +1,136 @@
+//! A job's ranks joined: roll-ups, blame, verdicts.
+
+use crate::budget::Budget;
+use crate::cause::{Cause, Confidence, Place};
+use crate::facts::{GpuSubject, RecordGap, StepMethod};
+use crate::leaf::Leaf;
+
+/// How well the tier behind the numbers sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Tier {
+    /// GPU activity records: exact.
+    Activity,
+    /// Host probes bounded and calibrated by device averages.
+    ProbesAndCounters,
+    /// Host probes only.
+    Probes,
+}
+
+impl Tier {
+    /// The stable name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Activity => "A",
+            Self::ProbesAndCounters => "B+C",
+            Self::Probes => "B",
+        }
+    }
+}
+
+/// One GPU of the job over the analysed time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuSummary {
+    /// Which GPU.
+    pub subject: GpuSubject,
+    /// Sum of its steps and spans; sums to the analysed time exactly.
+    pub total: Budget,
+    /// How steps were found.
+    pub method: StepMethod,
+    /// Number of steps.
+    pub steps: u64,
+    /// Collectives per step.
+    pub period_calls: u32,
+    /// Median step, ns.
+    pub median_step_ns: u64,
+}
+
+/// GPU time that one place cost the job, its own loss and the waiting of others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blame {
+    /// Who.
+    pub place: Place,
+    /// Which leaf of the culprit the waiting was moved to.
+    pub leaf: Leaf,
+    /// The cause that leaf stands for.
+    pub cause: Cause,
+    /// Waiting of other ranks moved here, GPU-ns.
+    pub cost_ns: u64,
+}
+
+/// One thing that was seen, beside what was expected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Evidence {
+    /// What was measured, in words with its place.
+    pub what: String,
+    /// The value seen, with unit.
+    pub value: String,
+    /// What a healthy job shows, with unit.
+    pub expected: String,
+}
+
+/// A cause that was considered and rejected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuledOut {
+    /// Which cause.
+    pub cause: Cause,
+    /// Why not.
+    pub why: String,
+}
+
+/// What fixing the cause would return.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Recovers {
+    /// GPU time in the analysed period, ns.
+    pub gpu_ns: u64,
+    /// Hundredths of an MFU point; `None` without model FLOPs.
+    pub mfu_centipoints: Option<u32>,
+}
+
+/// A named cause with its evidence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// Why.
+    pub cause: Cause,
+    /// Where.
+    pub place: Place,
+    /// GPU time it costs the job, ns.
+    pub cost_ns: u64,
+    /// The same, as parts per million of the analysed GPU time.
+    pub share_ppm: u32,
+    /// How sure.
+    pub confidence: Confidence,
+    /// What was seen.
+    pub evidence: Vec<Evidence>,
+    /// What it was not.
+    pub ruled_out: Vec<RuledOut>,
+    /// One step that confirms or refutes it.
+    pub confirm: String,
+    /// What fixing it would return.
+    pub recovers: Recovers,
+    /// When it began, `CLOCK_REALTIME` ns, if a beginning was seen.
+    pub onset_ns: Option<u64>,
+}
+
+/// The whole answer for one job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobAnalysis {
+    /// Job name.
+    pub job: String,
+    /// Kind of job.
+    pub kind: String,
+    /// How well it was seen.
+    pub tier: Tier,
+    /// One per rank, by rank.
+    pub gpus: Vec<GpuSummary>,
+    /// Waiting moved to who caused it; sums to all `comm.skew`.
+    pub blame: Vec<Blame>,
+    /// Causes by cost, largest first; a single `none` or `unknown` when nothing stands out.
+    pub verdicts: Vec<Verdict>,
+    /// What is missing from the record.
+    pub gaps: Vec<RecordGap>,
+    /// Model FLOPs utilisation in parts per million; `None` when model FLOPs are unknown.
+    pub mfu_ppm: Option<u32>,
+    /// Whether `mfu_ppm` rests on declared FLOPs (else on tensor activity).
+    pub mfu_declared: bool,
+}
