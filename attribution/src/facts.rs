@@ -137,6 +137,50 @@ pub struct Activity {
     pub compute_sm_ppm: u32,
 }
 
+impl Activity {
+    /// The mean of readings weighted by the length of their windows in ns. Windows without a value are left out;
+    /// with no value at all the first reading says why.
+    #[must_use]
+    pub fn mean<'a>(readings: impl IntoIterator<Item = (u64, &'a Reading<Self>)>) -> Reading<Self> {
+        let mut weight_ns = 0_u128;
+        let mut sums = [0_u128; 5];
+        let mut compute_sm_ppm = 0;
+        let mut without = None;
+        for (window_ns, reading) in readings {
+            let Reading::Value(value) = reading else {
+                without.get_or_insert(reading);
+                continue;
+            };
+            let ns = u128::from(window_ns);
+            weight_ns += ns;
+            let parts = [
+                value.busy_ppm,
+                value.sm_ppm,
+                value.occupancy_ppm,
+                value.tensor_ppm,
+                value.dram_ppm,
+            ];
+            for (sum, ppm) in sums.iter_mut().zip(parts) {
+                *sum += u128::from(ppm) * ns;
+            }
+            compute_sm_ppm = compute_sm_ppm.max(value.compute_sm_ppm);
+        }
+        if weight_ns == 0 {
+            return without.cloned().unwrap_or_default();
+        }
+        let mean = |sum: u128| u32::try_from((sum + weight_ns / 2) / weight_ns).unwrap_or(u32::MAX);
+        let [busy_ppm, sm_ppm, occupancy_ppm, tensor_ppm, dram_ppm] = sums.map(mean);
+        Reading::Value(Self {
+            busy_ppm,
+            sm_ppm,
+            occupancy_ppm,
+            tensor_ppm,
+            dram_ppm,
+            compute_sm_ppm,
+        })
+    }
+}
+
 /// Clocks and the reasons for them, over a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ClockFacts {
@@ -424,4 +468,33 @@ pub struct LeafInterval {
     pub low_ns: i64,
     /// Most it can be, ns.
     pub high_ns: i64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mean_activity_weights_by_time_and_never_invents_a_zero() {
+        let value = |busy_ppm| {
+            Reading::Value(Activity {
+                busy_ppm,
+                ..Activity::default()
+            })
+        };
+        let readings = [
+            (100, value(1_000_000)),
+            (300, value(200_000)),
+            (9_999, Reading::Unsupported),
+        ];
+        let mean = Activity::mean(readings.iter().map(|(ns, reading)| (*ns, reading)));
+        assert_eq!(mean.map(|activity| activity.busy_ppm), Reading::Value(400_000));
+
+        let none = [(100, Reading::Unsupported), (100, Reading::NotMeasured)];
+        assert_eq!(
+            Activity::mean(none.iter().map(|(ns, reading)| (*ns, reading))),
+            Reading::Unsupported
+        );
+        assert_eq!(Activity::mean([]), Reading::NotMeasured);
+    }
 }

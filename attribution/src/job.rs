@@ -2,8 +2,10 @@
 
 use crate::budget::Budget;
 use crate::cause::{Cause, Confidence, Place};
-use crate::facts::{GpuSubject, RecordGap, StepMethod};
+use crate::facts::{Activity, GpuSubject, RecordGap, StepMethod};
 use crate::leaf::Leaf;
+use crate::reading::Reading;
+use crate::time::Window;
 
 /// How well the tier behind the numbers sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -43,6 +45,8 @@ pub struct GpuSummary {
     pub period_calls: u32,
     /// Median step, ns.
     pub median_step_ns: u64,
+    /// Device activity averaged over the steps, weighted by their length; see [`Activity::mean`].
+    pub activity: Reading<Activity>,
 }
 
 /// GPU time that one place cost the job, its own loss and the waiting of others.
@@ -119,6 +123,8 @@ pub struct JobAnalysis {
     pub job: String,
     /// Kind of job.
     pub kind: String,
+    /// From the first window analysed to the end of the last, `CLOCK_REALTIME`; `None` when nothing was.
+    pub observed: Option<Window>,
     /// How well it was seen.
     pub tier: Tier,
     /// One per rank, by rank.
