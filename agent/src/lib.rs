@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod observation;
+pub mod runtime;
 pub mod sources;
 pub mod store;
 pub mod stream;

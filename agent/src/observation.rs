@@ -29,7 +29,7 @@ pub struct Observation {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fact {
     /// A traced process appeared (or the agent found it), or more is known about it.
-    Process(ProcessFacts),
+    Process(Box<ProcessFacts>),
     /// A traced process is gone.
     ProcessGone(ProcessKey),
     /// A communicator was made. The window is the constructor's call.
@@ -129,9 +129,9 @@ pub enum Fact {
         latency_ns: u64,
     },
     /// One GPU's counters between two reads.
-    Gpu(GpuReading),
+    Gpu(Box<GpuReading>),
     /// One network port between two reads, with the flows of traced processes.
-    Port(PortFacts),
+    Port(Box<PortFacts>),
     /// CPU quota of a process's group between two reads.
     CpuQuota {
         /// Process.

@@ -1,0 +1,3 @@
+//! The running agent: sources, timeline and sinks joined.
+
+pub mod status;

@@ -1,0 +1,214 @@
+//! What the running agent knows now, shared with the control socket.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use stallscope_attribution::facts::{GpuHistory, GpuStep, GpuSubject, JobFacts, PortFacts, RecordGap, Span};
+
+use crate::observation::GpuReading;
+
+/// Most recent steps kept per GPU.
+pub const RECENT_STEPS: usize = 512;
+/// Most recent spans kept per GPU.
+pub const RECENT_SPANS: usize = 64;
+/// Most recent port windows kept for the node.
+pub const RECENT_PORTS: usize = 512;
+/// Most recent gaps kept.
+pub const RECENT_GAPS: usize = 128;
+
+/// A handle on the agent's status. Locks are held for copying only.
+#[derive(Debug, Clone, Default)]
+pub struct SharedStatus(Arc<Mutex<Status>>);
+
+impl SharedStatus {
+    /// Access to the status. A writer that panicked leaves the last state readable.
+    pub fn lock(&self) -> MutexGuard<'_, Status> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything the control socket can tell.
+#[derive(Debug, Clone, Default)]
+pub struct Status {
+    /// Node name.
+    pub node: String,
+    /// `CLOCK_MONOTONIC` when the agent started, ns.
+    pub started_ns: u64,
+    /// `CLOCK_MONOTONIC` of the last update, ns.
+    pub updated_ns: u64,
+    /// `CLOCK_REALTIME` minus `CLOCK_MONOTONIC`, ns.
+    pub realtime_offset_ns: i64,
+    /// One entry per GPU index.
+    pub gpus: BTreeMap<u32, GpuStatus>,
+    /// Health of every source and sink, in the order in which they were started.
+    pub health: Vec<Health>,
+    /// What the agent itself costs.
+    pub own: OwnUse,
+    /// Recent history per job.
+    pub recent: Recent,
+}
+
+impl Status {
+    /// Records the health of one part; a part has one line.
+    pub fn set_health(&mut self, part: &'static str, condition: Condition) {
+        match self.health.iter_mut().find(|health| health.part == part) {
+            Some(health) => health.condition = condition,
+            None => self.health.push(Health { part, condition }),
+        }
+    }
+}
+
+/// The last that is known of one GPU: the inputs of a fitness check.
+#[derive(Debug, Clone)]
+pub struct GpuStatus {
+    /// The last reading.
+    pub reading: GpuReading,
+    /// `CLOCK_MONOTONIC` at the end of the last reading, ns.
+    pub read_ns: u64,
+    /// Time held back by heat, over the readings of about the last ten seconds, ns.
+    pub recent_thermal_ns: u64,
+    /// Time held back by a power limit, over the same readings, ns.
+    pub recent_power_limit_ns: u64,
+    /// Length of those readings together, ns.
+    pub recent_window_ns: u64,
+    /// Readings in a row in which no counter could be read.
+    pub failures: u32,
+    /// Readings so far.
+    pub readings: u64,
+}
+
+/// How one part of the agent is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// Which: `probes`, `nvml`, `procs`, `net`, `store`, `stream`, ...
+    pub part: &'static str,
+    /// How it is.
+    pub condition: Condition,
+}
+
+/// Whether a part works.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Condition {
+    /// As it should.
+    Works,
+    /// It works, but something is lost: what, why and what to do.
+    Degraded(String),
+    /// It does not work: what is lost, why and what to do.
+    Missing(String),
+    /// Not configured.
+    Off,
+}
+
+/// What the agent itself costs and handles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OwnUse {
+    /// CPU time since start, ms.
+    pub cpu_ms: u64,
+    /// CPU time over wall time since the last update, parts per million of one core.
+    pub cpu_ppm: u64,
+    /// Resident memory, bytes.
+    pub resident_bytes: u64,
+    /// Observations handled since start.
+    pub observations: u64,
+    /// Observations per second since the last update.
+    pub observations_per_s: u64,
+    /// Kernel records lost since start.
+    pub lost_records: u64,
+    /// Observations dropped between sources and timeline since start.
+    pub dropped_observations: u64,
+    /// Observations that came later than the reorder window.
+    pub late_observations: u64,
+    /// Messages dropped from the store before they were acknowledged.
+    pub dropped_messages: u64,
+}
+
+/// The latest steps and spans of every job on this node, bounded.
+#[derive(Debug, Clone, Default)]
+pub struct Recent {
+    jobs: BTreeMap<String, RecentJob>,
+    ports: VecDeque<PortFacts>,
+    gaps: VecDeque<RecordGap>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct RecentJob {
+    kind: String,
+    gpus: BTreeMap<GpuSubject, RecentGpu>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct RecentGpu {
+    steps: VecDeque<GpuStep>,
+    spans: VecDeque<Span>,
+}
+
+fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, most: usize) {
+    if queue.len() == most {
+        queue.pop_front();
+    }
+    queue.push_back(item);
+}
+
+impl Recent {
+    /// A job's declared kind.
+    pub fn set_kind(&mut self, job: &str, kind: &str) {
+        kind.clone_into(&mut self.jobs.entry(job.to_owned()).or_default().kind);
+    }
+
+    fn gpu(&mut self, subject: &GpuSubject) -> &mut RecentGpu {
+        let job = self.jobs.entry(subject.job.clone()).or_default();
+        job.gpus.entry(subject.clone()).or_default()
+    }
+
+    /// Adds a step.
+    pub fn push_step(&mut self, subject: &GpuSubject, step: GpuStep) {
+        push_bounded(&mut self.gpu(subject).steps, step, RECENT_STEPS);
+    }
+
+    /// Adds a span.
+    pub fn push_span(&mut self, subject: &GpuSubject, span: Span) {
+        push_bounded(&mut self.gpu(subject).spans, span, RECENT_SPANS);
+    }
+
+    /// Adds a network window.
+    pub fn push_port(&mut self, port: PortFacts) {
+        push_bounded(&mut self.ports, port, RECENT_PORTS);
+    }
+
+    /// Adds a gap.
+    pub fn push_gap(&mut self, gap: RecordGap) {
+        push_bounded(&mut self.gaps, gap, RECENT_GAPS);
+    }
+
+    /// Forgets a job.
+    pub fn forget(&mut self, job: &str) {
+        self.jobs.remove(job);
+    }
+
+    /// The recent history as facts, one entry per job, in the order of names.
+    #[must_use]
+    pub fn job_facts(&self) -> Vec<JobFacts> {
+        self.jobs
+            .iter()
+            .map(|(name, job)| JobFacts {
+                job: name.clone(),
+                kind: if job.kind.is_empty() {
+                    "unknown".to_owned()
+                } else {
+                    job.kind.clone()
+                },
+                gpus: job
+                    .gpus
+                    .iter()
+                    .map(|(subject, gpu)| GpuHistory {
+                        subject: subject.clone(),
+                        steps: gpu.steps.iter().cloned().collect(),
+                        spans: gpu.spans.iter().cloned().collect(),
+                    })
+                    .collect(),
+                ports: self.ports.iter().cloned().collect(),
+                gaps: self.gaps.iter().cloned().collect(),
+            })
+            .collect()
+    }
+}
