@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod agent;
+mod config;
 
 /// Where every lost GPU FLOP went, who caused it, and on what evidence.
 #[derive(Debug, Parser)]
@@ -20,6 +21,8 @@ struct Cli {
 enum Command {
     /// Run the daemon: sources to budgets to sinks
     Agent(agent::Args),
+    /// Validate the configuration, or print the default file
+    Config(config::Args),
 }
 
 /// Parses the command line and runs the command. Exit codes are each command's own; 2 is bad usage.
@@ -27,5 +30,6 @@ enum Command {
 pub fn run() -> ExitCode {
     match Cli::parse().command {
         Command::Agent(args) => agent::run(args),
+        Command::Config(args) => config::run(&args),
     }
 }
