@@ -1,0 +1,265 @@
+//! From the analysis to the document.
+
+use std::collections::BTreeMap;
+
+use stallscope_attribution::budget::Budget;
+use stallscope_attribution::cause::Place;
+use stallscope_attribution::facts::RecordGap;
+use stallscope_attribution::job::{self, GpuSummary, JobAnalysis, Tier};
+use stallscope_attribution::leaf::{Class, Leaf};
+use stallscope_attribution::reading::Reading;
+use stallscope_attribution::time::Window;
+
+use super::{
+    Activity, Blame, Document, Evidence, Gap, Gpu, Job, MfuSource, Period, Recovers, Rollup, RuledOut,
+    SCHEMA, Steps, Sweep, Verdict, Where,
+};
+use crate::share::{Points, Share};
+
+impl Document {
+    /// The report of several jobs, in the order given.
+    #[must_use]
+    pub fn from_analyses<'a>(analyses: impl IntoIterator<Item = &'a JobAnalysis>) -> Self {
+        let analyses: Vec<&JobAnalysis> = analyses.into_iter().collect();
+        let weakest = analyses
+            .iter()
+            .map(|analysis| analysis.tier)
+            .max_by_key(|tier| weakness(*tier));
+        Self {
+            schema: SCHEMA.to_owned(),
+            tier: weakest.map(|tier| tier.name().to_owned()).unwrap_or_default(),
+            jobs: analyses.into_iter().map(Job::from).collect(),
+        }
+    }
+}
+
+impl From<&JobAnalysis> for Document {
+    fn from(analysis: &JobAnalysis) -> Self {
+        Self::from_analyses([analysis])
+    }
+}
+
+const fn weakness(tier: Tier) -> u8 {
+    match tier {
+        Tier::Activity => 0,
+        Tier::ProbesAndCounters => 1,
+        Tier::Probes => 2,
+    }
+}
+
+impl From<&JobAnalysis> for Job {
+    fn from(analysis: &JobAnalysis) -> Self {
+        let gpus: Vec<Gpu> = analysis.gpus.iter().map(Gpu::from).collect();
+        Self {
+            job: analysis.job.clone(),
+            kind: analysis.kind.clone(),
+            tier: analysis.tier.name().to_owned(),
+            observed: analysis.observed.map(Period::from),
+            mfu_points: analysis.mfu_ppm.map(|ppm| Points { ppm }),
+            mfu_source: match (analysis.mfu_ppm, analysis.mfu_declared) {
+                (None, _) => MfuSource::Unknown,
+                (Some(_), true) => MfuSource::DeclaredFlops,
+                (Some(_), false) => MfuSource::TensorActivity,
+            },
+            total: Rollup::over(&gpus),
+            nodes: by_node(&gpus),
+            gpus,
+            blame: analysis.blame.iter().map(Blame::from).collect(),
+            verdicts: analysis.verdicts.iter().map(Verdict::from).collect(),
+            gaps: analysis.gaps.iter().map(Gap::from).collect(),
+        }
+    }
+}
+
+/// The sums of the GPUs of each node.
+pub(super) fn by_node(gpus: &[Gpu]) -> BTreeMap<String, Rollup> {
+    let mut nodes: BTreeMap<&str, Vec<&Gpu>> = BTreeMap::new();
+    for gpu in gpus {
+        nodes.entry(&gpu.node).or_default().push(gpu);
+    }
+    nodes
+        .into_iter()
+        .map(|(node, gpus)| (node.to_owned(), Rollup::over(gpus)))
+        .collect()
+}
+
+impl From<&GpuSummary> for Gpu {
+    fn from(summary: &GpuSummary) -> Self {
+        let total = &summary.total;
+        let intervals = total.intervals().iter();
+        Self {
+            rank: summary.subject.rank,
+            node: summary.subject.node.clone(),
+            device: summary.subject.device.clone(),
+            gpu: summary.subject.gpu,
+            pci: summary.subject.pci.clone(),
+            total_ns: total.window_ns(),
+            sweep: Sweep::from(total),
+            budget: Leaf::ALL
+                .iter()
+                .map(|leaf| (leaf.name().to_owned(), total.leaf_ns(*leaf)))
+                .collect(),
+            intervals: intervals
+                .map(|i| (i.leaf.name().to_owned(), [i.low_ns, i.high_ns]))
+                .collect(),
+            unmeasured: unmeasured(total),
+            steps: Steps {
+                method: summary.method.name().to_owned(),
+                count: summary.steps,
+                period_calls: summary.period_calls,
+                median_ns: summary.median_step_ns,
+            },
+            activity: summary.activity.value().map(Activity::from),
+            activity_missing: match &summary.activity {
+                Reading::Value(_) => None,
+                Reading::NotMeasured => Some("not measured".to_owned()),
+                Reading::Unsupported => Some("not supported by this device or driver".to_owned()),
+                Reading::Failed(why) => Some(why.clone()),
+            },
+        }
+    }
+}
+
+/// Residuals are left out: they are what remains, never measured themselves.
+fn unmeasured(budget: &Budget) -> Vec<String> {
+    let missing = Leaf::ALL
+        .iter()
+        .filter(|leaf| !budget.is_measured(**leaf) && leaf.class().residual() != **leaf)
+        .map(|leaf| leaf.name().to_owned());
+    missing.collect()
+}
+
+impl From<&Budget> for Sweep {
+    fn from(budget: &Budget) -> Self {
+        Self {
+            compute_ns: budget.class_ns(Class::Compute).into(),
+            exposed_comm_ns: budget.class_ns(Class::Comm).into(),
+            exposed_memory_ns: budget.class_ns(Class::Memory).into(),
+            idle_ns: budget.class_ns(Class::Idle).into(),
+        }
+    }
+}
+
+impl From<Window> for Period {
+    fn from(window: Window) -> Self {
+        Self {
+            start_unix_ns: window.start_ns(),
+            end_unix_ns: window.end_ns(),
+        }
+    }
+}
+
+impl From<&stallscope_attribution::facts::Activity> for Activity {
+    fn from(activity: &stallscope_attribution::facts::Activity) -> Self {
+        Self {
+            driver_utilisation: Share {
+                ppm: activity.busy_ppm,
+            },
+            sm: Share { ppm: activity.sm_ppm },
+            occupancy: Share {
+                ppm: activity.occupancy_ppm,
+            },
+            tensor: Share {
+                ppm: activity.tensor_ppm,
+            },
+            hbm: Share {
+                ppm: activity.dram_ppm,
+            },
+        }
+    }
+}
+
+impl From<&job::Blame> for Blame {
+    fn from(blame: &job::Blame) -> Self {
+        Self {
+            rank: blame.place.rank,
+            node: blame.place.node.clone(),
+            gpu: blame.place.gpu,
+            cause: blame.cause.name().to_owned(),
+            leaf: blame.leaf.name().to_owned(),
+            cost_ns: blame.cost_ns,
+        }
+    }
+}
+
+impl From<&job::Verdict> for Verdict {
+    fn from(verdict: &job::Verdict) -> Self {
+        let mfu_points = verdict.recovers.mfu_centipoints.map(Points::from_centipoints);
+        Self {
+            cause: verdict.cause.name().to_owned(),
+            place: Where::from(&verdict.place),
+            share: Share {
+                ppm: verdict.share_ppm,
+            },
+            cost_ns: verdict.cost_ns,
+            mfu_points,
+            confidence: verdict.confidence.name().to_owned(),
+            evidence: verdict.evidence.iter().map(Evidence::from).collect(),
+            ruled_out: verdict.ruled_out.iter().map(RuledOut::from).collect(),
+            confirm: verdict.confirm.clone(),
+            recovers: Recovers {
+                gpu_ns: verdict.recovers.gpu_ns,
+                mfu_points,
+            },
+            onset_unix_ns: verdict.onset_ns,
+        }
+    }
+}
+
+impl From<&Place> for Where {
+    fn from(place: &Place) -> Self {
+        let Place {
+            node,
+            gpu,
+            pci,
+            rank,
+            nic_port,
+            link,
+            process,
+        } = place.clone();
+        Self {
+            node,
+            gpu,
+            pci,
+            rank,
+            nic_port,
+            link,
+            process,
+        }
+    }
+}
+
+impl From<&job::Evidence> for Evidence {
+    fn from(evidence: &job::Evidence) -> Self {
+        let job::Evidence {
+            what,
+            value,
+            expected,
+        } = evidence.clone();
+        Self {
+            what,
+            value,
+            expected,
+        }
+    }
+}
+
+impl From<&job::RuledOut> for RuledOut {
+    fn from(ruled_out: &job::RuledOut) -> Self {
+        Self {
+            cause: ruled_out.cause.name().to_owned(),
+            why: ruled_out.why.clone(),
+        }
+    }
+}
+
+impl From<&RecordGap> for Gap {
+    fn from(gap: &RecordGap) -> Self {
+        Self {
+            node: gap.node.clone(),
+            period: gap.window.map(Period::from),
+            what: gap.what.clone(),
+            count: gap.count,
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What leaves, causes, tiers and methods are called in front of people.
+
+use stallscope_attribution::cause::Cause;
+use stallscope_attribution::leaf::{Class, Leaf};
+
+/// A leaf in a few words, lower case.
+#[must_use]
+pub const fn leaf(leaf: Leaf) -> &'static str {
+    match leaf {
+        Leaf::Ideal => "model math at the device's peak",
+        Leaf::ComputeRecompute => "forward work repeated to save memory",
+        Leaf::ComputePlatform => "peak that no kernel reaches here",
+        Leaf::ComputeClock => "clock below the reference",
+        Leaf::ComputeContention => "slowed by copies, comm or others",
+        Leaf::ComputeNonmatmul => "norms, softmax, optimiser",
+        Leaf::ComputeKernel => "kernels below what the device can do",
+        Leaf::CommTransfer => "bytes at the link's reference rate",
+        Leaf::CommNet => "network slower than reference",
+        Leaf::CommSkew => "waiting for the last rank",
+        Leaf::CommProto => "latency, launch and tails",
+        Leaf::MemoryCopy => "copies at the link's rate",
+        Leaf::MemoryPcie => "copies slower than the link",
+        Leaf::IdleDataCpu => "waiting for data: loaders compute",
+        Leaf::IdleDataStorage => "waiting for data: storage",
+        Leaf::IdleCkpt => "writing a checkpoint",
+        Leaf::IdleGc => "garbage collection",
+        Leaf::IdleCpuSched => "launching thread without a CPU",
+        Leaf::IdleCpuSync => "late relaunch after a sync",
+        Leaf::IdleAlloc => "device memory allocation",
+        Leaf::IdleCompile => "compilation or graph capture",
+        Leaf::IdleLaunch => "host issues work too slowly",
+        Leaf::IdleDep => "queued behind another stream or rank",
+        Leaf::IdleUnknown => "idle, evidence does not say why",
+    }
+}
+
+/// A class in a few words, lower case.
+#[must_use]
+pub const fn class(class: Class) -> &'static str {
+    match class {
+        Class::Compute => "compute",
+        Class::Comm => "exposed communication",
+        Class::Memory => "exposed copies",
+        Class::Idle => "idle",
+    }
+}
+
+/// A cause as a sentence without its full stop.
+#[must_use]
+pub const fn cause(cause: Cause) -> &'static str {
+    match cause {
+        Cause::NetworkNic => "A node's own network interface is slow",
+        Cause::NetworkFabric => "The network between nodes is slow",
+        Cause::NetworkNvlink => "The link between GPUs of a node is slow",
+        Cause::NetworkPcie => "The PCIe path of a network interface is slow",
+        Cause::NetworkConfig => "The communication library is configured badly",
+        Cause::KernelLowTensor => "Kernels use the tensor cores badly",
+        Cause::KernelMemoryBound => "Kernels are bound by device memory",
+        Cause::KernelClock => "The clock is below the reference without a fault",
+        Cause::DataLoader => "Data-loader workers are too slow",
+        Cause::DataStorage => "Storage is too slow for the data loaders",
+        Cause::DataCopy => "Host-to-device copies are exposed",
+        Cause::HostLaunch => "The host cannot issue work fast enough",
+        Cause::HostCpu => "The launching thread does not get a CPU",
+        Cause::HostGc => "Garbage collection pauses the launching thread",
+        Cause::HostSync => "Synchronisation drains the GPU",
+        Cause::HostAlloc => "Allocation in the driver blocks the launching thread",
+        Cause::HostCompile => "Compilation blocks the launching thread",
+        Cause::DeviceThermal => "A GPU lowers its clock because it is hot",
+        Cause::DevicePowerCap => "A GPU lowers its clock because of its power limit",
+        Cause::DeviceContention => "Another process uses the GPU",
+        Cause::DevicePcie => "A GPU's own PCIe link is slow",
+        Cause::DeviceFault => "A GPU reports faults",
+        Cause::JobImbalance => "Ranks have unequal work by construction",
+        Cause::JobCheckpoint => "Checkpoints stall the job",
+        Cause::JobRestart => "The job restarted",
+        Cause::JobUnallocated => "GPUs are not allocated",
+        Cause::None => "Nothing worth naming is lost",
+        Cause::Unknown => "Time is lost and the evidence does not say why",
+    }
+}
+
+/// The words for a cause's stable name; the name itself when a newer producer sent one unknown here.
+#[must_use]
+pub fn cause_named(name: &str) -> &str {
+    match Cause::from_name(name) {
+        Some(known) => cause(known),
+        None => name,
+    }
+}
+
+/// What a tier can see, by its stable name.
+#[must_use]
+pub fn tier(name: &str) -> &'static str {
+    match name {
+        "A" => "GPU activity records: every leaf is exact",
+        "B+C" => "host probes, calibrated by device counters: leaves carry intervals",
+        "B" => "host probes alone: GPU time is bounded, leaves carry wide intervals",
+        _ => "a tier this version does not know",
+    }
+}
+
+/// How steps were found, by the method's stable name.
+#[must_use]
+pub fn method(name: &str) -> &str {
+    match name {
+        "collective_period" => "the period of the collectives",
+        "launch_period" => "the period of the launches",
+        "declared" => "the job's own marks",
+        "fixed_window" => "windows of fixed length (no period found)",
+        other => other,
+    }
+}
