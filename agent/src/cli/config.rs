@@ -7,7 +7,7 @@ use crate::config;
 
 /// Arguments of `stallscope config`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     #[command(subcommand)]
     action: ConfigAction,
 }
@@ -26,7 +26,7 @@ enum ConfigAction {
 
 /// Runs it: 0 when usable, 2 when the agent would refuse the file.
 #[must_use]
-pub fn run(args: &Args) -> ExitCode {
+pub(super) fn run(args: &Args) -> ExitCode {
     match &args.action {
         ConfigAction::Default => {
             print!("{}", config::default_file());

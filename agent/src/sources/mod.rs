@@ -1,5 +1,6 @@
 //! Where facts come in.
 
+pub mod clock;
 pub mod net;
 pub mod nvml;
 pub mod probes;

@@ -1,1 +1,0 @@
-//! Ports, queues and flows of the node.

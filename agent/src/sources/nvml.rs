@@ -1,1 +1,0 @@
-//! The NVIDIA management library, one thread per GPU with a deadline.
