@@ -74,7 +74,10 @@ fn checked_length(body_bytes: u64, max_body_bytes: usize) -> Result<u32, FrameEr
     let max_bytes = (max_body_bytes as u64).min(u64::from(u32::MAX));
     match u32::try_from(body_bytes) {
         Ok(length) if body_bytes <= max_bytes => Ok(length),
-        _ => Err(FrameError::TooLong { body_bytes, max_bytes }),
+        _ => Err(FrameError::TooLong {
+            body_bytes,
+            max_bytes,
+        }),
     }
 }
 
@@ -98,7 +101,12 @@ impl Decoder {
     /// A decoder that refuses bodies longer than `max_body_bytes`.
     #[must_use]
     pub fn new(max_body_bytes: usize) -> Self {
-        Self { buffer: BytesMut::new(), max_body_bytes, consumed_bytes: 0, failed: None }
+        Self {
+            buffer: BytesMut::new(),
+            max_body_bytes,
+            consumed_bytes: 0,
+            failed: None,
+        }
     }
 
     /// Adds bytes that arrived. Call [`Decoder::next_body`] until it gives `None` before adding more.

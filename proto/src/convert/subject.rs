@@ -1,0 +1,135 @@
+//! Subjects: announced once under a number, named by it afterwards.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use stallscope_attribution::facts::GpuSubject;
+
+use super::{WireError, name, text_of};
+use crate::v1;
+
+/// Most subjects one boot of an agent may announce.
+pub const MAX_SUBJECTS: usize = 65_536;
+
+impl v1::GpuSubject {
+    /// The subject as `sender` tells it.
+    #[must_use]
+    pub fn new(sender: &str, subject: &GpuSubject) -> Self {
+        Self {
+            job: subject.job.clone(),
+            node: if subject.node == sender {
+                String::new()
+            } else {
+                subject.node.clone()
+            },
+            gpu: subject.gpu,
+            pci: subject.pci.clone(),
+            device: subject.device.clone(),
+            rank: subject.rank,
+            world: subject.world,
+            pid: subject.pid,
+        }
+    }
+
+    /// The subject in a message of `sender`.
+    ///
+    /// # Errors
+    /// When a name is missing or not a name.
+    pub fn into_subject(self, sender: &str) -> Result<GpuSubject, WireError> {
+        Ok(GpuSubject {
+            job: name("subject.job", self.job)?,
+            node: if self.node.is_empty() {
+                sender.to_owned()
+            } else {
+                name("subject.node", self.node)?
+            },
+            gpu: self.gpu,
+            pci: text_of("subject.pci", self.pci)?,
+            device: text_of("subject.device", self.device)?,
+            rank: self.rank,
+            world: self.world,
+            pid: self.pid,
+        })
+    }
+}
+
+/// A subject under its number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SubjectEntry {
+    /// The subject.
+    pub subject: GpuSubject,
+    /// Declared kind of its job; empty when unknown.
+    pub job_kind: String,
+}
+
+/// The writing side: gives each subject its number and says when it must be announced.
+#[derive(Debug, Default)]
+pub struct SubjectNumbers {
+    numbers: BTreeMap<GpuSubject, u32>,
+    announced: BTreeSet<u32>,
+}
+
+impl SubjectNumbers {
+    /// The subject's number, and whether it must be announced before it is used. `None` when [`MAX_SUBJECTS`]
+    /// subjects have numbers already.
+    pub fn number(&mut self, subject: &GpuSubject) -> Option<(u32, bool)> {
+        let id = match self.numbers.get(subject) {
+            Some(id) => *id,
+            None if self.numbers.len() >= MAX_SUBJECTS => return None,
+            None => {
+                let id = u32::try_from(self.numbers.len()).ok()? + 1;
+                self.numbers.insert(subject.clone(), id);
+                id
+            }
+        };
+        Some((id, self.announced.insert(id)))
+    }
+
+    /// Makes every subject be announced again: a new segment begins, whose readers know none.
+    pub fn forget_announcements(&mut self) {
+        self.announced.clear();
+    }
+}
+
+/// The reading side: the subjects one boot of an agent announced.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct KnownSubjects {
+    entries: BTreeMap<u32, SubjectEntry>,
+}
+
+impl KnownSubjects {
+    /// Takes an announcement; one told before may be told again.
+    ///
+    /// # Errors
+    /// When the number is 0, belongs to another subject, or too many were announced.
+    pub fn announce(&mut self, id: u32, entry: SubjectEntry) -> Result<(), WireError> {
+        if id == 0 {
+            return Err(WireError::Subject {
+                id,
+                why: "numbers start at 1",
+            });
+        }
+        match self.entries.get(&id) {
+            Some(known) if known.subject != entry.subject => {
+                return Err(WireError::Subject {
+                    id,
+                    why: "the number belongs to another subject",
+                });
+            }
+            None if self.entries.len() >= MAX_SUBJECTS => {
+                return Err(WireError::Subject {
+                    id,
+                    why: "too many subjects",
+                });
+            }
+            Some(_) | None => {}
+        }
+        self.entries.insert(id, entry);
+        Ok(())
+    }
+
+    /// The subject of that number, if it was announced.
+    #[must_use]
+    pub fn get(&self, id: u32) -> Option<&SubjectEntry> {
+        self.entries.get(&id)
+    }
+}
