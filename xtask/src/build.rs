@@ -1,0 +1,51 @@
+//! Builds the binaries and stand-ins that the lab runs.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::paths::{self, Paths};
+use crate::{bpf, shell};
+
+/// The profile the lab and the packages use.
+pub const PROFILE: &str = "release";
+
+/// What the lab runs.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// The product's one binary.
+    pub stallscope: PathBuf,
+    /// The virtual nodes.
+    pub vnode: PathBuf,
+    /// The BPF object.
+    pub bpf_object: PathBuf,
+}
+
+/// Builds the product, its BPF object and the virtual nodes.
+///
+/// # Errors
+/// Something does not build.
+pub fn programs(paths: &Paths) -> Result<Programs> {
+    let packages = [
+        "stallscope",
+        "virtual-node",
+        "virtual-cuda",
+        "virtual-nccl",
+        "virtual-nvml",
+    ];
+    let mut command = Command::new(paths::cargo());
+    command
+        .current_dir(&paths.root)
+        .args(["build", "--locked", "--profile", PROFILE]);
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    shell::run(&mut command).context("the workspace does not build")?;
+    let bpf_object = bpf::build(paths, false)?;
+    Ok(Programs {
+        stallscope: paths.built(PROFILE, "stallscope"),
+        vnode: paths.built(PROFILE, "vnode"),
+        bpf_object,
+    })
+}
