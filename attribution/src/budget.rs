@@ -1,7 +1,11 @@
 //! The loss budget of one window: integer nanoseconds per leaf that sum to the window.
 
+mod assess;
+
 use crate::facts::LeafInterval;
 use crate::leaf::{Class, Leaf};
+
+pub use assess::assess;
 
 /// Where one GPU's window went. The leaves sum to the window exactly, always.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +59,67 @@ impl Budget {
                 return Err(BudgetError::Negative { leaf: *leaf, ns });
             }
         }
-        Ok(Self { window_ns, leaves, measured, intervals })
+        Ok(Self {
+            window_ns,
+            leaves,
+            measured,
+            intervals,
+        })
+    }
+
+    /// A budget of a window nobody saw anything of: all of it is [`Leaf::IdleUnknown`], no leaf measured.
+    #[must_use]
+    pub fn unobserved(window_ns: u64) -> Self {
+        let window_ns = window_ns.min(i64::MAX.unsigned_abs());
+        let mut leaves = [0; Leaf::COUNT];
+        leaves[Leaf::IdleUnknown.index()] = i64::try_from(window_ns).unwrap_or(i64::MAX);
+        Self {
+            window_ns,
+            leaves,
+            measured: 0,
+            intervals: Vec::new(),
+        }
+    }
+
+    /// The sum of budgets of disjoint windows. A leaf is measured when any part measured it; its interval is the
+    /// sum of the parts' intervals, a part without one counting as exact.
+    #[must_use]
+    pub fn sum<'a>(parts: impl IntoIterator<Item = &'a Self>) -> Self {
+        let mut window_ns = 0_u64;
+        let mut leaves = [0_i64; Leaf::COUNT];
+        let mut measured = 0;
+        let mut slack = [(0_i64, 0_i64); Leaf::COUNT];
+        for part in parts {
+            window_ns = window_ns.saturating_add(part.window_ns);
+            measured |= part.measured;
+            for (total, ns) in leaves.iter_mut().zip(part.leaves) {
+                *total = total.saturating_add(ns);
+            }
+            for interval in &part.intervals {
+                let point = part.leaf_ns(interval.leaf);
+                let (below, above) = &mut slack[interval.leaf.index()];
+                *below = below.saturating_add(point.saturating_sub(interval.low_ns));
+                *above = above.saturating_add(interval.high_ns.saturating_sub(point));
+            }
+        }
+        let intervals = Leaf::ALL
+            .iter()
+            .filter(|leaf| slack[leaf.index()] != (0, 0))
+            .map(|leaf| {
+                let ((below, above), point) = (slack[leaf.index()], leaves[leaf.index()]);
+                LeafInterval {
+                    leaf: *leaf,
+                    low_ns: point - below,
+                    high_ns: point.saturating_add(above),
+                }
+            })
+            .collect();
+        Self {
+            window_ns,
+            leaves,
+            measured,
+            intervals,
+        }
     }
 
     /// Length of the window in nanoseconds.
@@ -97,6 +161,10 @@ impl Budget {
     /// Nanoseconds of one class.
     #[must_use]
     pub fn class_ns(&self, class: Class) -> i64 {
-        Leaf::ALL.iter().filter(|leaf| leaf.class() == class).map(|leaf| self.leaf_ns(*leaf)).sum()
+        Leaf::ALL
+            .iter()
+            .filter(|leaf| leaf.class() == class)
+            .map(|leaf| self.leaf_ns(*leaf))
+            .sum()
     }
 }

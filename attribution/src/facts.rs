@@ -47,6 +47,9 @@ pub struct DeviceProfile {
     pub host_link_bytes_per_s: Option<u64>,
     /// Model FLOPs of one step on this GPU, when the job declares them.
     pub model_flops_per_step: Option<u64>,
+    /// Reference rate of a collective's slowest link, bytes/s per direction. Without it no exposed communication
+    /// can be called unavoidable.
+    pub comm_bytes_per_s: Option<u64>,
 }
 
 /// How the edges of a step were found.

@@ -1,11 +1,15 @@
 //! A job's ranks joined: roll-ups, blame, verdicts.
 
+mod rollup;
+
 use crate::budget::Budget;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::{Activity, GpuSubject, RecordGap, StepMethod};
 use crate::leaf::Leaf;
 use crate::reading::Reading;
 use crate::time::Window;
+
+pub use rollup::analyse;
 
 /// How well the tier behind the numbers sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,6 +91,10 @@ pub struct RuledOut {
 pub struct Recovers {
     /// GPU time in the analysed period, ns.
     pub gpu_ns: u64,
+    /// Least it can be, ns.
+    pub low_gpu_ns: u64,
+    /// Most it can be, ns.
+    pub high_gpu_ns: u64,
     /// Hundredths of an MFU point; `None` without model FLOPs.
     pub mfu_centipoints: Option<u32>,
 }

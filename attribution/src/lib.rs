@@ -13,5 +13,8 @@ pub mod cause;
 pub mod facts;
 pub mod job;
 pub mod leaf;
+pub mod peaks;
 pub mod reading;
+pub mod steps;
+pub mod sweep;
 pub mod time;

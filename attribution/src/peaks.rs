@@ -41,13 +41,19 @@ pub fn find(pci_device_id: u32, name: &str) -> Option<&'static Device> {
     let (device, vendor) = (pci_device_id >> 16, pci_device_id & 0xffff);
     if pci_device_id != 0 {
         let row = (vendor == NVIDIA)
-            .then(|| table::DEVICES.iter().find(|row| u32::from(row.pci_device) == device))
+            .then(|| {
+                table::DEVICES
+                    .iter()
+                    .find(|row| u32::from(row.pci_device) == device)
+            })
             .flatten();
         if row.is_some() {
             return row;
         }
     }
-    table::DEVICES.iter().find(|row| row.names.iter().any(|known| same_name(known, name)))
+    table::DEVICES
+        .iter()
+        .find(|row| row.names.iter().any(|known| same_name(known, name)))
 }
 
 /// The profile of a device: see [`find`]. An unknown device has no field set.
@@ -71,7 +77,8 @@ pub fn profile(pci_device_id: u32, name: &str) -> DeviceProfile {
 fn same_name(known: &str, name: &str) -> bool {
     let bare = |text: &str| {
         let text = text.trim().to_ascii_lowercase();
-        text.strip_prefix("nvidia ").map_or_else(|| text.clone(), ToOwned::to_owned)
+        text.strip_prefix("nvidia ")
+            .map_or_else(|| text.clone(), ToOwned::to_owned)
     };
     !name.trim().is_empty() && bare(known) == bare(name)
 }
@@ -87,14 +94,23 @@ mod tests {
         let profile = profile(0x2330_10de, "");
         assert_eq!(profile.peak_flops_per_s, Some(989_400_000_000_000));
         assert_eq!(profile.reachable_flops_per_s, Some(794_500_000_000_000));
-        assert_eq!((profile.reference_sm_mhz, profile.sm_count), (Some(1830), Some(132)));
+        assert_eq!(
+            (profile.reference_sm_mhz, profile.sm_count),
+            (Some(1830), Some(132))
+        );
         assert_eq!(profile.model_flops_per_step, None);
     }
 
     #[test]
     fn a_device_without_an_id_is_found_by_its_whole_name() {
-        assert_eq!(find(0, "NVIDIA H100 PCIe").map(|row| row.pci_device), Some(0x2331));
-        assert_eq!(find(0, "nvidia h100 80gb hbm3").map(|row| row.pci_device), Some(0x2330));
+        assert_eq!(
+            find(0, "NVIDIA H100 PCIe").map(|row| row.pci_device),
+            Some(0x2331)
+        );
+        assert_eq!(
+            find(0, "nvidia h100 80gb hbm3").map(|row| row.pci_device),
+            Some(0x2330)
+        );
         assert_eq!(find(0, "H100"), None);
         assert_eq!(find(0, ""), None);
     }
@@ -102,7 +118,11 @@ mod tests {
     #[test]
     fn an_unknown_device_has_no_figures() {
         assert_eq!(profile(0xffff_10de, "NVIDIA H999"), DeviceProfile::default());
-        assert_eq!(find(0x2330_1002, ""), None, "another vendor's device of the same number");
+        assert_eq!(
+            find(0x2330_1002, ""),
+            None,
+            "another vendor's device of the same number"
+        );
     }
 
     #[test]
@@ -124,7 +144,11 @@ mod tests {
             let row = find(id << 16 | NVIDIA, "").expect("Hopper row");
             let (sms, mhz) = (row.sm_count.expect("SMs"), row.reference_sm_mhz.expect("clock"));
             let gflops = u64::from(sms) * 4 * 512 * 2 * u64::from(mhz) / 1000;
-            assert!(gflops.abs_diff(row.peak_gflops) * 1000 < row.peak_gflops, "{:?}: {gflops}", row.names);
+            assert!(
+                gflops.abs_diff(row.peak_gflops) * 1000 < row.peak_gflops,
+                "{:?}: {gflops}",
+                row.names
+            );
         }
     }
 }

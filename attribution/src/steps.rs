@@ -50,7 +50,11 @@ pub fn find_period(tokens: &[u64]) -> Option<Period> {
         (left * 4 <= missed).then_some((lag, left))
     });
     let longer = exact.map(|(lag, left)| describe(tokens, lag, left));
-    Some(longer.filter(|longer| longer.distinct > first.distinct).unwrap_or(first))
+    Some(
+        longer
+            .filter(|longer| longer.distinct > first.distinct)
+            .unwrap_or(first),
+    )
 }
 
 /// As [`find_period`], with the phase where the calls pause longest: a step begins after its longest gap.
@@ -91,7 +95,12 @@ fn describe(tokens: &[u64], lag: usize, missed: usize) -> Period {
     let mut pattern = tokens[start..start + lag].to_vec();
     pattern.sort_unstable();
     pattern.dedup();
-    Period { lag, match_ppm: u32::try_from(match_ppm).unwrap_or(0), phase: start % lag, distinct: pattern.len() }
+    Period {
+        lag,
+        match_ppm: u32::try_from(match_ppm).unwrap_or(0),
+        phase: start % lag,
+        distinct: pattern.len(),
+    }
 }
 
 /// Position below `lag` whose calls come after the longest pause, by the median over repeats so that one slow
@@ -116,7 +125,12 @@ mod tests {
     use super::*;
 
     fn repeat(pattern: &[u64], times: usize) -> Vec<u64> {
-        pattern.iter().copied().cycle().take(pattern.len() * times).collect()
+        pattern
+            .iter()
+            .copied()
+            .cycle()
+            .take(pattern.len() * times)
+            .collect()
     }
 
     #[test]
@@ -129,7 +143,10 @@ mod tests {
     #[test]
     fn three_repeats_are_needed() {
         assert_eq!(find_period(&repeat(&[1, 2, 3, 4, 5], 2)), None);
-        assert_eq!(find_period(&repeat(&[1, 2, 3, 4, 5], 3)).map(|period| period.lag), Some(5));
+        assert_eq!(
+            find_period(&repeat(&[1, 2, 3, 4, 5], 3)).map(|period| period.lag),
+            Some(5)
+        );
     }
 
     #[test]
@@ -150,7 +167,10 @@ mod tests {
     fn a_rare_call_in_a_long_pattern_is_part_of_it() {
         let mut pattern = vec![5; 403];
         pattern.push(6);
-        assert_eq!(find_period(&repeat(&pattern, 5)).map(|period| period.lag), Some(404));
+        assert_eq!(
+            find_period(&repeat(&pattern, 5)).map(|period| period.lag),
+            Some(404)
+        );
     }
 
     #[test]
@@ -173,7 +193,10 @@ mod tests {
                 now
             })
             .collect();
-        assert_eq!(find_period_timed(&tokens, &times).map(|period| (period.lag, period.phase)), Some((3, 2)));
+        assert_eq!(
+            find_period_timed(&tokens, &times).map(|period| (period.lag, period.phase)),
+            Some((3, 2))
+        );
     }
 
     #[test]
@@ -182,10 +205,19 @@ mod tests {
         let mut now = 0;
         let times: Vec<u64> = (0..tokens.len())
             .map(|at| {
-                now += if at == 10 { 1_000_000 } else if at % 3 == 0 { 500 } else { 10 };
+                now += if at == 10 {
+                    1_000_000
+                } else if at % 3 == 0 {
+                    500
+                } else {
+                    10
+                };
                 now
             })
             .collect();
-        assert_eq!(find_period_timed(&tokens, &times).map(|period| period.phase), Some(0));
+        assert_eq!(
+            find_period_timed(&tokens, &times).map(|period| period.phase),
+            Some(0)
+        );
     }
 }

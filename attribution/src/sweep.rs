@@ -20,7 +20,11 @@ impl Segment {
     /// The active layer with the lowest number, which has the highest priority; `None` in a hole.
     #[must_use]
     pub const fn first(&self) -> Option<usize> {
-        if self.active == 0 { None } else { Some(self.active.trailing_zeros() as usize) }
+        if self.active == 0 {
+            None
+        } else {
+            Some(self.active.trailing_zeros() as usize)
+        }
     }
 }
 
@@ -74,7 +78,9 @@ pub fn by_priority(
 }
 
 fn push(segments: &mut Vec<Segment>, from: u64, to: u64, active: u32) {
-    let Some(window) = Window::new(from, to).filter(|window| !window.is_empty()) else { return };
+    let Some(window) = Window::new(from, to).filter(|window| !window.is_empty()) else {
+        return;
+    };
     if let Some(last) = segments.last_mut()
         && last.active == active
         && let Some(joined) = Window::new(last.window.start_ns(), to)
@@ -98,7 +104,12 @@ mod tests {
     fn the_lower_layer_wins_where_layers_overlap() {
         let (layers, hole) = by_priority(
             window(0, 100),
-            [(1, window(0, 60)), (0, window(40, 50)), (2, window(30, 200)), (1, window(5, 20))],
+            [
+                (1, window(0, 60)),
+                (0, window(40, 50)),
+                (2, window(30, 200)),
+                (1, window(5, 20)),
+            ],
         );
         assert_eq!((layers[0], layers[1], layers[2], hole), (10, 50, 40, 0));
     }

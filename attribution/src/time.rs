@@ -11,13 +11,20 @@ impl Window {
     /// The window from `start_ns` to `end_ns`, or `None` when it would end before it starts.
     #[must_use]
     pub const fn new(start_ns: u64, end_ns: u64) -> Option<Self> {
-        if end_ns < start_ns { None } else { Some(Self { start_ns, end_ns }) }
+        if end_ns < start_ns {
+            None
+        } else {
+            Some(Self { start_ns, end_ns })
+        }
     }
 
     /// The window of a fact known to hold at one instant.
     #[must_use]
     pub const fn instant(at_ns: u64) -> Self {
-        Self { start_ns: at_ns, end_ns: at_ns }
+        Self {
+            start_ns: at_ns,
+            end_ns: at_ns,
+        }
     }
 
     /// First nanosecond inside the window.
