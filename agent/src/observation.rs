@@ -117,6 +117,21 @@ pub enum Fact {
         /// Of the window, the time blocked on the device; the rest was page cache and CPU.
         blocked_ns: u64,
     },
+    /// File calls of one process too short for a record of their own, folded over the window.
+    FileIoFolded {
+        /// Process that made them.
+        process: ProcessKey,
+        /// Which.
+        op: FileOp,
+        /// Calls.
+        calls: u64,
+        /// Bytes done.
+        bytes: u64,
+        /// Time inside the calls, ns.
+        total_ns: u64,
+        /// Of that, blocked on a device, ns.
+        blocked_ns: u64,
+    },
     /// Block requests of traced processes, folded over the window.
     Block {
         /// Process that issued them.

@@ -1,0 +1,53 @@
+//! Records into rings.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{PerCpuArray, RingBuf},
+};
+use stallscope_records::Ring;
+
+use crate::settings::WAKE_BYTES;
+
+#[map]
+static RING_NCCL: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+#[map]
+static RING_CUDA: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
+#[map]
+static RING_SCHED: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
+#[map]
+static RING_BLOCK: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+#[map]
+static RING_PROCS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
+
+/// Records that found their ring full, by [`Ring`].
+#[map]
+static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Ring::ALL.len() as u32, 0);
+
+const AVAILABLE_BYTES: u64 = 0;
+const NO_WAKEUP: u64 = 1;
+const FORCE_WAKEUP: u64 = 2;
+
+/// Writes `record` into `ring`, or counts it as lost.
+///
+/// The reader is woken by bytes, not by record, except in the `procs` ring, where being late costs coverage.
+#[inline(always)]
+pub(crate) fn emit<T>(ring: Ring, record: &T) {
+    let (buffer, wakes_at_once) = match ring {
+        Ring::Nccl => (&RING_NCCL, false),
+        Ring::Cuda => (&RING_CUDA, false),
+        Ring::Sched => (&RING_SCHED, false),
+        Ring::Block => (&RING_BLOCK, false),
+        Ring::Procs => (&RING_PROCS, true),
+    };
+    let flags = if wakes_at_once || buffer.query(AVAILABLE_BYTES) >= WAKE_BYTES.get() {
+        FORCE_WAKEUP
+    } else {
+        NO_WAKEUP
+    };
+    if buffer.output::<T>(record, flags).is_err()
+        && let Some(drops) = DROPS.get_ptr_mut(ring as u32)
+    {
+        // SAFETY: the slot belongs to this CPU, and a program that interrupts this one loses at most one count.
+        unsafe { *drops += 1 };
+    }
+}

@@ -1,0 +1,25 @@
+//! The programs that run in the kernel, one file per traced world.
+//!
+//! Every program first asks [`filter`] whether the process is traced and does nothing for others. Records leave
+//! through [`emit`]; what does not fit into a ring is counted there.
+#![no_std]
+#![no_main]
+
+mod block;
+mod call;
+mod cuda;
+mod emit;
+mod filter;
+mod nccl;
+mod procs;
+mod sched;
+mod settings;
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual BSD/GPL\0";
