@@ -6,7 +6,10 @@
 #![forbid(unsafe_code)]
 
 pub mod document;
+mod format;
 pub mod share;
+pub mod text;
+mod view;
 pub mod words;
 
 #[cfg(test)]

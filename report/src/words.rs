@@ -3,24 +3,24 @@
 use stallscope_attribution::cause::Cause;
 use stallscope_attribution::leaf::{Class, Leaf};
 
-/// A leaf in a few words, lower case.
+/// A leaf in at most 32 characters, lower case.
 #[must_use]
 pub const fn leaf(leaf: Leaf) -> &'static str {
     match leaf {
         Leaf::Ideal => "model math at the device's peak",
-        Leaf::ComputeRecompute => "forward work repeated to save memory",
+        Leaf::ComputeRecompute => "forward work repeated for memory",
         Leaf::ComputePlatform => "peak that no kernel reaches here",
         Leaf::ComputeClock => "clock below the reference",
         Leaf::ComputeContention => "slowed by copies, comm or others",
         Leaf::ComputeNonmatmul => "norms, softmax, optimiser",
-        Leaf::ComputeKernel => "kernels below what the device can do",
-        Leaf::CommTransfer => "bytes at the link's reference rate",
+        Leaf::ComputeKernel => "kernels below the device's reach",
+        Leaf::CommTransfer => "bytes at the reference rate",
         Leaf::CommNet => "network slower than reference",
         Leaf::CommSkew => "waiting for the last rank",
         Leaf::CommProto => "latency, launch and tails",
         Leaf::MemoryCopy => "copies at the link's rate",
         Leaf::MemoryPcie => "copies slower than the link",
-        Leaf::IdleDataCpu => "waiting for data: loaders compute",
+        Leaf::IdleDataCpu => "waiting for data: loaders on CPU",
         Leaf::IdleDataStorage => "waiting for data: storage",
         Leaf::IdleCkpt => "writing a checkpoint",
         Leaf::IdleGc => "garbage collection",
@@ -29,7 +29,7 @@ pub const fn leaf(leaf: Leaf) -> &'static str {
         Leaf::IdleAlloc => "device memory allocation",
         Leaf::IdleCompile => "compilation or graph capture",
         Leaf::IdleLaunch => "host issues work too slowly",
-        Leaf::IdleDep => "queued behind another stream or rank",
+        Leaf::IdleDep => "queued behind a stream or rank",
         Leaf::IdleUnknown => "idle, evidence does not say why",
     }
 }
@@ -109,5 +109,19 @@ pub fn method(name: &str) -> &str {
         "declared" => "the job's own marks",
         "fixed_window" => "windows of fixed length (no period found)",
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_fit_their_column() {
+        for known in Leaf::ALL {
+            assert!(leaf(*known).chars().count() <= 32, "{}", leaf(*known));
+        }
+        assert_eq!(cause_named("data.loader"), "Data-loader workers are too slow");
+        assert_eq!(cause_named("device.cosmic"), "device.cosmic");
     }
 }

@@ -72,7 +72,7 @@ impl From<&JobAnalysis> for Job {
 }
 
 /// The sums of the GPUs of each node.
-pub(super) fn by_node(gpus: &[Gpu]) -> BTreeMap<String, Rollup> {
+pub(crate) fn by_node(gpus: &[Gpu]) -> BTreeMap<String, Rollup> {
     let mut nodes: BTreeMap<&str, Vec<&Gpu>> = BTreeMap::new();
     for gpu in gpus {
         nodes.entry(&gpu.node).or_default().push(gpu);
@@ -113,7 +113,7 @@ impl From<&GpuSummary> for Gpu {
             activity_missing: match &summary.activity {
                 Reading::Value(_) => None,
                 Reading::NotMeasured => Some("not measured".to_owned()),
-                Reading::Unsupported => Some("not supported by this device or driver".to_owned()),
+                Reading::Unsupported => Some("not supported by device or driver".to_owned()),
                 Reading::Failed(why) => Some(why.clone()),
             },
         }

@@ -12,6 +12,8 @@ mod tests;
 pub use check::DocumentError;
 pub use rollup::Rollup;
 
+pub(crate) use build::by_node;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
