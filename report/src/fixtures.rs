@@ -163,6 +163,8 @@ pub(crate) fn thermal_straggler() -> JobAnalysis {
             .to_owned();
     thermal.recovers = Recovers {
         gpu_ns: 38_000_000_000,
+        low_gpu_ns: 34_200_000_000,
+        high_gpu_ns: 39_900_000_000,
         mfu_centipoints: Some(719),
     };
     thermal.onset_ns = Some(START_NS + 400_000_000);
@@ -228,6 +230,8 @@ pub(crate) fn unexplained() -> JobAnalysis {
         "run `stallscope doctor` on node0: probes that could not attach are named there".to_owned();
     unknown.recovers = Recovers {
         gpu_ns: 42_000_000_000,
+        low_gpu_ns: 42_000_000_000,
+        high_gpu_ns: 42_000_000_000,
         mfu_centipoints: None,
     };
     let mut analysis = analysis(gpus, vec![unknown]);

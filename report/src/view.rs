@@ -141,7 +141,7 @@ impl Band {
             Self::Compute if ideal_known => "other compute",
             Self::Compute => "compute",
             Self::Comm => "exposed comm",
-            Self::Waiting => "waiting for a rank",
+            Self::Waiting => "waiting",
             Self::Memory => "exposed copies",
             Self::Idle => "idle",
         }
@@ -318,17 +318,21 @@ pub(crate) fn cost(verdict: &Verdict) -> String {
 
 /// What fixing a verdict's cause would return, in words; `None` when nothing.
 pub(crate) fn returns(verdict: &Verdict) -> Option<String> {
-    let gpu_ns = verdict.recovers.gpu_ns;
-    (gpu_ns > 0).then(|| {
-        let points = verdict.recovers.mfu_points.map(|points| {
+    let recovers = &verdict.recovers;
+    (recovers.gpu_ns > 0).then(|| {
+        let mut text = format!(
+            "{} of GPU time in this period",
+            format::duration(recovers.gpu_ns.into())
+        );
+        if recovers.low_gpu_ns < recovers.high_gpu_ns {
+            let bounds = [recovers.low_gpu_ns, recovers.high_gpu_ns].map(|ns| format::duration(ns.into()));
+            text += &format!(", between {} and {}", bounds[0], bounds[1]);
+        }
+        if let Some(points) = recovers.mfu_points {
             let centi = (points.ppm + 50) / 100;
-            format!(", +{}.{:02} MFU points", centi / 100, centi % 100)
-        });
-        format!(
-            "{} of GPU time in this period{}",
-            format::duration(gpu_ns.into()),
-            points.unwrap_or_default()
-        )
+            text += &format!(": +{}.{:02} MFU points", centi / 100, centi % 100);
+        }
+        text
     })
 }
 

@@ -199,6 +199,8 @@ impl From<&job::Verdict> for Verdict {
             confirm: verdict.confirm.clone(),
             recovers: Recovers {
                 gpu_ns: verdict.recovers.gpu_ns,
+                low_gpu_ns: verdict.recovers.low_gpu_ns,
+                high_gpu_ns: verdict.recovers.high_gpu_ns,
                 mfu_points,
             },
             onset_unix_ns: verdict.onset_ns,

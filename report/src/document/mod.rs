@@ -266,6 +266,10 @@ pub struct RuledOut {
 pub struct Recovers {
     /// GPU time, ns.
     pub gpu_ns: u64,
+    /// Least it can be, ns; 0 with `high_gpu_ns` 0 when no bounds are known.
+    pub low_gpu_ns: u64,
+    /// Most it can be, ns.
+    pub high_gpu_ns: u64,
     /// MFU points; `null` without model FLOPs.
     pub mfu_points: Option<Points>,
 }
