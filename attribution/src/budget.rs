@@ -1,11 +1,14 @@
 //! The loss budget of one window: integer nanoseconds per leaf that sum to the window.
 
+pub(crate) mod arith;
 mod assess;
+mod busy;
+mod idle;
 
 use crate::facts::LeafInterval;
 use crate::leaf::{Class, Leaf};
 
-pub use assess::assess;
+pub use assess::{assess, assess_span};
 
 /// Where one GPU's window went. The leaves sum to the window exactly, always.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -166,5 +169,47 @@ impl Budget {
             .filter(|leaf| leaf.class() == class)
             .map(|leaf| self.leaf_ns(*leaf))
             .sum()
+    }
+}
+
+/// Leaves while a budget is made.
+#[derive(Debug, Default)]
+struct Leaves {
+    ns: [i64; Leaf::COUNT],
+    measured: u32,
+    intervals: Vec<LeafInterval>,
+}
+
+impl Leaves {
+    /// A measured leaf, with the bounds of an estimate.
+    fn set(&mut self, leaf: Leaf, ns: i64, bounds: Option<(i64, i64)>) {
+        self.ns[leaf.index()] = ns;
+        self.measured |= 1 << leaf.index();
+        if let Some((low_ns, high_ns)) = bounds {
+            self.intervals.push(LeafInterval {
+                leaf,
+                low_ns: low_ns.min(ns),
+                high_ns: high_ns.max(ns),
+            });
+        }
+    }
+
+    /// Takes back that a leaf was measured: what it holds is a remainder between the given bounds.
+    fn unmeasure(&mut self, leaf: Leaf, bounds: (i64, i64)) {
+        self.measured &= !(1 << leaf.index());
+        self.intervals.retain(|interval| interval.leaf != leaf);
+        let ns = self.ns[leaf.index()];
+        self.intervals.push(LeafInterval {
+            leaf,
+            low_ns: bounds.0.min(ns),
+            high_ns: bounds.1.max(ns),
+        });
+    }
+
+    /// The budget. Leaves that contradict each other give one in which nothing is known: it still sums.
+    fn into_budget(mut self, window_ns: u64) -> Budget {
+        self.intervals.sort_by_key(|interval| interval.leaf);
+        Budget::from_leaves(window_ns, self.ns, self.measured, self.intervals)
+            .unwrap_or_else(|_| Budget::unobserved(window_ns))
     }
 }
