@@ -12,6 +12,18 @@
 //! Actions come in an order that can be applied one by one: a library is attached before the first process that uses
 //! it is traced, and released after the last is gone.
 
+mod cgroup;
+mod classify;
+mod discovery;
+mod environ;
+mod gpu;
+mod maps;
+mod proc_fs;
+#[cfg(test)]
+mod tests;
+
+pub use discovery::Discovery;
+
 use std::path::PathBuf;
 
 use crate::observation::{ProcessFacts, ProcessKey};

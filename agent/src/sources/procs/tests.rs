@@ -1,0 +1,432 @@
+//! Discovery over a built `/proc`.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
+
+use super::*;
+use crate::observation::ProcessRole;
+
+const MS: u64 = 1_000_000;
+
+struct FakeProc {
+    dir: tempfile::TempDir,
+}
+
+struct Process {
+    pid: u32,
+    parent: u32,
+    start: u64,
+    environ: Vec<&'static str>,
+    libraries: Vec<&'static str>,
+    cgroup: &'static str,
+}
+
+impl Process {
+    fn new(pid: u32, parent: u32, start: u64) -> Self {
+        Self {
+            pid,
+            parent,
+            start,
+            environ: Vec::new(),
+            libraries: Vec::new(),
+            cgroup: "/",
+        }
+    }
+
+    fn env(mut self, environ: &[&'static str]) -> Self {
+        self.environ = environ.to_vec();
+        self
+    }
+
+    fn maps(mut self, libraries: &[&'static str]) -> Self {
+        self.libraries = libraries.to_vec();
+        self
+    }
+
+    fn cgroup(mut self, path: &'static str) -> Self {
+        self.cgroup = path;
+        self
+    }
+}
+
+impl FakeProc {
+    fn new() -> Self {
+        let fake = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        for library in ["libcuda.so.1", "libnccl.so.2"] {
+            std::fs::create_dir_all(fake.dir.path().join("image/lib")).unwrap();
+            std::fs::write(fake.dir.path().join("image/lib").join(library), library).unwrap();
+        }
+        fake
+    }
+
+    fn proc(&self) -> PathBuf {
+        self.dir.path().join("proc")
+    }
+
+    fn inode(&self, library: &str) -> u64 {
+        std::fs::metadata(self.dir.path().join("image/lib").join(library))
+            .unwrap()
+            .ino()
+    }
+
+    fn put(&self, process: &Process) {
+        let Process {
+            pid, parent, start, ..
+        } = process;
+        let at = self.proc().join(pid.to_string());
+        std::fs::create_dir_all(&at).unwrap();
+        let stat =
+            format!("{pid} (python3) S {parent} {pid} 9 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 {start} 1 2\n");
+        std::fs::write(at.join("stat"), stat).unwrap();
+        std::fs::write(
+            at.join("statm"),
+            format!("{} 1 1\n", 100 + process.libraries.len()),
+        )
+        .unwrap();
+        std::fs::write(
+            at.join("cgroup"),
+            format!("4:cpu,cpuacct:{0}\n0::/\n", process.cgroup),
+        )
+        .unwrap();
+        std::fs::write(at.join("environ"), process.environ.join("\0")).unwrap();
+        let map = |name: &&str| format!("7f00-7f10 r-xp 00000000 fd:01 {} /lib/{name}\n", self.inode(name));
+        std::fs::write(
+            at.join("maps"),
+            process.libraries.iter().map(map).collect::<String>(),
+        )
+        .unwrap();
+        if !at.join("root").exists() {
+            std::os::unix::fs::symlink(self.dir.path().join("image"), at.join("root")).unwrap();
+        }
+    }
+
+    fn end(&self, pid: u32) {
+        std::fs::remove_dir_all(self.proc().join(pid.to_string())).unwrap();
+    }
+
+    fn discovery(&self) -> Discovery {
+        let mut discovery = Discovery::new(self.proc(), None);
+        discovery.set_events_live(true);
+        discovery
+    }
+}
+
+fn rank(pid: u32, start: u64) -> Process {
+    Process::new(pid, 1, start)
+        .env(&[
+            "RANK=3",
+            "WORLD_SIZE=4",
+            "LOCAL_RANK=1",
+            "STALLSCOPE_JOB=llm",
+            "STALLSCOPE_MODEL_FLOPS_PER_STEP=99",
+        ])
+        .maps(&["libcuda.so.1", "libnccl.so.2"])
+}
+
+fn traced(actions: &[Action]) -> Vec<&ProcessFacts> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Trace { facts, .. } => Some(&**facts),
+            _ => None,
+        })
+        .collect()
+}
+
+fn kinds(actions: &[Action]) -> String {
+    actions
+        .iter()
+        .map(|action| match action {
+            Action::AttachLibrary(_) => 'A',
+            Action::ReleaseLibrary(_) => 'R',
+            Action::Trace { .. } => 'T',
+            Action::Gone(_) => 'G',
+        })
+        .collect()
+}
+
+#[test]
+fn a_rank_is_found_with_its_libraries_and_let_go() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    fake.put(&Process::new(101, 1, 51));
+    let mut discovery = fake.discovery();
+    let actions = discovery.poll(0);
+    assert_eq!(kinds(&actions), "AAT");
+    let Action::AttachLibrary(library) = &actions[0] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(std::fs::metadata(&library.path).unwrap().ino(), library.id.inode);
+    assert!(
+        library.path.starts_with(fake.proc().join("100/root")),
+        "{library:?}"
+    );
+    let facts = traced(&actions)[0];
+    assert_eq!(
+        facts.key,
+        ProcessKey {
+            pid: 100,
+            start_ticks: 50
+        }
+    );
+    assert_eq!(
+        (facts.rank, facts.world, facts.local_rank, facts.gpu),
+        (Some(3), Some(4), Some(1), Some(1))
+    );
+    assert_eq!(
+        (facts.job.as_deref(), facts.role),
+        (Some("llm"), ProcessRole::Gpu)
+    );
+    assert_eq!(facts.model_flops_per_step, Some(99));
+    assert_eq!(discovery.poll(10 * MS), []);
+
+    fake.end(100);
+    discovery.on_event(ProcessEvent::Exit { tgid: 100 }, 20 * MS);
+    assert_eq!(kinds(&discovery.poll(20 * MS)), "GRR");
+    assert_eq!(discovery.traced().count(), 0);
+}
+
+#[test]
+fn late_dlopen_is_seen_100_ms_after_its_event() {
+    let fake = FakeProc::new();
+    fake.put(&Process::new(100, 1, 50).env(&["RANK=0"]));
+    let mut discovery = fake.discovery();
+    assert_eq!(discovery.poll(0), []);
+    fake.put(&Process::new(100, 1, 50).env(&["RANK=0"]).maps(&["libcuda.so.1"]));
+    discovery.on_event(ProcessEvent::MapExec { tgid: 100 }, 200 * MS);
+    discovery.on_event(ProcessEvent::MapExec { tgid: 100 }, 290 * MS);
+    assert_eq!(discovery.due_ns(), 300 * MS);
+    assert_eq!(discovery.poll(299 * MS), []);
+    assert_eq!(kinds(&discovery.poll(300 * MS)), "AT");
+    fake.put(
+        &Process::new(100, 1, 50)
+            .env(&["RANK=0"])
+            .maps(&["libcuda.so.1", "libnccl.so.2"]),
+    );
+    discovery.on_event(ProcessEvent::MapExec { tgid: 100 }, 400 * MS);
+    assert_eq!(kinds(&discovery.poll(500 * MS)), "AT");
+}
+
+#[test]
+fn without_events_everything_is_seen_within_a_second() {
+    let fake = FakeProc::new();
+    fake.put(&Process::new(100, 1, 50));
+    let mut discovery = Discovery::new(fake.proc(), None);
+    assert_eq!(discovery.poll(0), []);
+    fake.put(&Process::new(100, 1, 50).maps(&["libcuda.so.1"]));
+    fake.put(&rank(102, 60));
+    assert_eq!(discovery.due_ns(), 500 * MS);
+    assert_eq!(kinds(&discovery.poll(500 * MS)), "ATAT");
+    fake.end(100);
+    assert_eq!(kinds(&discovery.poll(1000 * MS)), "G");
+}
+
+#[test]
+fn a_reused_pid_is_another_process() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    let mut discovery = fake.discovery();
+    discovery.poll(0);
+    fake.put(&rank(100, 77));
+    discovery.on_event(ProcessEvent::Exec { tgid: 100 }, 0);
+    let actions = discovery.poll(100 * MS);
+    assert_eq!(kinds(&actions), "TG");
+    assert!(actions.contains(&Action::Gone(ProcessKey {
+        pid: 100,
+        start_ticks: 50
+    })));
+    assert_eq!(traced(&actions)[0].key.start_ticks, 77);
+}
+
+#[test]
+fn a_forked_loader_is_a_helper_until_the_driver_lists_it() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    let mut worker = rank(110, 60);
+    worker.parent = 100;
+    fake.put(&worker);
+    fake.put(&Process::new(120, 110, 70));
+    let mut discovery = fake.discovery();
+    let actions = discovery.poll(0);
+    let helpers: Vec<_> = traced(&actions)
+        .into_iter()
+        .filter(|facts| facts.role == ProcessRole::Helper)
+        .collect();
+    assert_eq!(
+        helpers.iter().map(|facts| facts.key.pid).collect::<Vec<_>>(),
+        [110, 120]
+    );
+    for helper in helpers {
+        assert_eq!(
+            helper.works_for,
+            Some(ProcessKey {
+                pid: 100,
+                start_ticks: 50
+            })
+        );
+        assert_eq!((helper.job.as_deref(), helper.rank), (Some("llm"), Some(3)));
+    }
+    discovery.set_gpus(GpuView {
+        devices: Vec::new(),
+        processes: Some(vec![(1, 100), (2, 110)]),
+    });
+    let actions = discovery.poll(MS);
+    let facts = traced(&actions);
+    assert_eq!(
+        (facts[0].key.pid, facts[0].role, facts[0].gpu),
+        (110, ProcessRole::Gpu, Some(2))
+    );
+    assert_eq!(
+        (facts[1].key.pid, facts[1].works_for.map(|key| key.pid)),
+        (120, Some(110))
+    );
+}
+
+#[test]
+fn an_orphaned_helper_stays_until_its_owner_ends() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    fake.put(&Process::new(110, 100, 60));
+    fake.put(&Process::new(120, 110, 70));
+    let mut discovery = fake.discovery();
+    discovery.poll(0);
+    fake.end(110);
+    fake.put(&Process::new(120, 1, 70));
+    let actions = discovery.rescan(MS);
+    assert_eq!(kinds(&actions), "TG");
+    assert_eq!(traced(&actions)[0].works_for.map(|key| key.pid), Some(100));
+    fake.end(100);
+    assert_eq!(kinds(&discovery.rescan(2 * MS)), "GGRR");
+}
+
+#[test]
+fn ranks_below_a_launcher_that_uses_no_gpu_are_gpu_processes() {
+    let fake = FakeProc::new();
+    fake.put(
+        &Process::new(90, 1, 40)
+            .env(&["SLURM_PROCID=0", "SLURM_JOB_ID=7"])
+            .maps(&["libnccl.so.2"]),
+    );
+    let mut child = rank(100, 50);
+    child.parent = 90;
+    fake.put(&child);
+    let actions = fake.discovery().poll(0);
+    let facts = traced(&actions);
+    assert_eq!(
+        (facts[0].key.pid, facts[0].rank, facts[0].job.as_deref()),
+        (90, None, Some("7"))
+    );
+    assert_eq!(
+        (facts[1].key.pid, facts[1].role, facts[1].rank),
+        (100, ProcessRole::Gpu, Some(3))
+    );
+}
+
+#[test]
+fn a_co_tenant_is_a_gpu_process_without_a_job() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    fake.put(&Process::new(200, 1, 55).maps(&["libcuda.so.1"]));
+    let mut discovery = fake.discovery();
+    discovery.set_gpus(GpuView {
+        devices: Vec::new(),
+        processes: Some(vec![(1, 100), (1, 200)]),
+    });
+    let actions = discovery.poll(0);
+    let tenant = *traced(&actions).last().unwrap();
+    assert_eq!(
+        (tenant.key.pid, tenant.role, &tenant.job, tenant.gpu),
+        (200, ProcessRole::Gpu, &None, Some(1))
+    );
+}
+
+#[test]
+fn scope_keeps_others_out_and_takes_in_who_moves() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50).cgroup("/vnode/a/rank0"));
+    fake.put(&rank(200, 50).cgroup("/vnode/b/rank1"));
+    let mut discovery = Discovery::new(fake.proc(), Some("/vnode/a".to_owned()));
+    let actions = discovery.poll(0);
+    assert_eq!(
+        traced(&actions)
+            .iter()
+            .map(|facts| facts.key.pid)
+            .collect::<Vec<_>>(),
+        [100]
+    );
+    assert_eq!(traced(&actions)[0].cgroup, "/vnode/a/rank0");
+    fake.put(&rank(200, 50).cgroup("/vnode/a/rank1"));
+    assert_eq!(kinds(&discovery.poll(500 * MS)), "T");
+}
+
+#[test]
+fn a_deleted_or_replaced_library_is_opened_through_the_mapping() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50).maps(&["libcuda.so.1"]));
+    let maps = fake.proc().join("100/maps");
+    std::fs::write(
+        &maps,
+        "7f00-7f10 r-xp 00000000 fd:01 123456789 /lib/libcuda.so.1\n",
+    )
+    .unwrap();
+    let actions = fake.discovery().poll(0);
+    let Action::AttachLibrary(library) = &actions[0] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(library.path, fake.proc().join("100/map_files/7f00-7f10"));
+}
+
+#[test]
+fn a_failed_attachment_is_offered_again() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50).maps(&["libcuda.so.1"]));
+    let mut discovery = fake.discovery();
+    let actions = discovery.poll(0);
+    let Action::AttachLibrary(library) = &actions[0] else {
+        panic!("{actions:?}")
+    };
+    discovery.attach_failed(library.id);
+    assert_eq!(discovery.poll(MS), []);
+    assert_eq!(kinds(&discovery.poll(5000 * MS)), "A");
+}
+
+#[test]
+fn processes_that_die_while_read_or_hold_nonsense_are_passed_over() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    for (pid, missing) in [
+        (201, "stat"),
+        (202, "cgroup"),
+        (203, "statm"),
+        (204, "maps"),
+        (205, "environ"),
+    ] {
+        fake.put(&rank(pid, 50));
+        std::fs::remove_file(fake.proc().join(format!("{pid}/{missing}"))).unwrap();
+    }
+    fake.put(&rank(206, 50));
+    std::fs::write(fake.proc().join("206/stat"), b"206 (x").unwrap();
+    fake.put(&rank(207, 50));
+    std::fs::write(
+        fake.proc().join("207/environ"),
+        b"RANK=\xff\0WORLD_SIZE=no\0\0=\0",
+    )
+    .unwrap();
+    let actions = fake.discovery().poll(0);
+    let pids: Vec<u32> = traced(&actions).iter().map(|facts| facts.key.pid).collect();
+    assert_eq!(pids, [100, 205, 207]);
+    assert_eq!(traced(&actions)[2].rank, None);
+}
+
+#[test]
+fn the_real_proc_is_read() {
+    let mut discovery = Discovery::new("/proc", None);
+    discovery.poll(0);
+    assert!(discovery.due_ns() > 0);
+    let mut none = Discovery::new("/nonexistent", None);
+    assert_eq!(none.poll(0), []);
+}
