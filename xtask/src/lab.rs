@@ -7,5 +7,6 @@ pub mod certificates;
 pub mod cluster;
 pub mod interrupt;
 pub mod leftovers;
+pub mod observe;
 pub mod process;
 pub mod virtual_nodes;

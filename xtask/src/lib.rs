@@ -2,7 +2,24 @@
 
 pub mod bpf;
 pub mod build;
+pub mod ci;
+pub mod demo;
+pub mod judge;
 pub mod lab;
+pub mod overhead;
+pub mod package;
 pub mod paths;
+pub mod progress;
+pub mod scenario;
 pub mod setup;
 pub mod shell;
+pub mod testing;
+
+/// What a task prints on standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OutputFormat {
+    /// For people.
+    Text,
+    /// Exactly one JSON document.
+    Json,
+}

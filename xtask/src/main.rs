@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::paths::Paths;
-use xtask::{bpf, setup};
+use xtask::{bpf, ci, demo, package, scenario, setup, testing};
 
 /// Tasks around stallscope
 #[derive(Debug, Parser)]
@@ -28,6 +28,20 @@ enum Task {
         /// With the programs' debug output
         #[arg(long)]
         debug: bool,
+    },
+    /// Run a job on virtual nodes with a fault, and print the report that names it
+    Demo(demo::Args),
+    /// Run a scenario file and print truth beside verdict
+    Scenario(scenario::Args),
+    /// Run every test, privileged ones included
+    Test(testing::Args),
+    /// Run the gates, then every test
+    Ci,
+    /// Build the .deb and the .rpm
+    Package {
+        /// Also install, run and remove the .deb in a fresh Debian root
+        #[arg(long)]
+        test: bool,
     },
 }
 
@@ -54,5 +68,20 @@ fn run(task: Task) -> Result<()> {
             },
         ),
         Task::BuildBpf { debug } => bpf::build(&paths, debug).map(drop),
+        Task::Demo(args) => demo::run(&paths, &args),
+        Task::Scenario(args) => scenario::run(&paths, &args),
+        Task::Test(args) => testing::run(&paths, args),
+        Task::Ci => ci::run(&paths),
+        Task::Package { test } => make_packages(&paths, test),
     }
+}
+
+fn make_packages(paths: &Paths, test: bool) -> Result<()> {
+    setup::ensure(paths, setup::Scope::All)?;
+    let packages = package::build(paths)?;
+    if test {
+        package::test(paths, &packages)?;
+    }
+    println!("{}\n{}", packages.deb.display(), packages.rpm.display());
+    Ok(())
 }

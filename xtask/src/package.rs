@@ -40,7 +40,10 @@ pub fn build(paths: &Paths) -> Result<Packages> {
     write_default_config(paths, &programs.stallscope)?;
     let folder = paths.target.join("packages");
     fs::create_dir_all(&folder)?;
-    let packages = Packages { deb: deb(paths, &folder)?, rpm: rpm(paths, &folder)? };
+    let packages = Packages {
+        deb: deb(paths, &folder)?,
+        rpm: rpm(paths, &folder)?,
+    };
     check(&packages.deb, &deb_files(&packages.deb)?)?;
     check(&packages.rpm, &rpm_files(&packages.rpm)?)?;
     Ok(packages)
@@ -66,7 +69,14 @@ fn deb(paths: &Paths, folder: &Path) -> Result<PathBuf> {
     shell::run(
         Command::new(paths.tool("cargo-deb"))
             .current_dir(&paths.root)
-            .args(["--no-build", "--no-strip", "--quiet", "--package", "stallscope", "--output"])
+            .args([
+                "--no-build",
+                "--no-strip",
+                "--quiet",
+                "--package",
+                "stallscope",
+                "--output",
+            ])
             .arg(&output)
             .env("CARGO_TARGET_DIR", &paths.target)
             .env("CARGO", paths::cargo()),
@@ -80,7 +90,16 @@ fn rpm(paths: &Paths, folder: &Path) -> Result<PathBuf> {
     shell::run(
         Command::new(paths.tool("cargo-generate-rpm"))
             .current_dir(&paths.root)
-            .args(["generate-rpm", "--package", "agent", "--payload-compress", "xz", "--auto-req", "builtin", "--target-dir"])
+            .args([
+                "generate-rpm",
+                "--package",
+                "agent",
+                "--payload-compress",
+                "xz",
+                "--auto-req",
+                "builtin",
+                "--target-dir",
+            ])
             .arg(&paths.target)
             .arg("--output")
             .arg(&output),
@@ -90,9 +109,17 @@ fn rpm(paths: &Paths, folder: &Path) -> Result<PathBuf> {
 
 fn check(package: &Path, files: &str) -> Result<()> {
     let bytes = fs::metadata(package)?.len();
-    ensure!(bytes <= MAX_BYTES, "{} has {bytes} bytes, at most {MAX_BYTES} are allowed", package.display());
+    ensure!(
+        bytes <= MAX_BYTES,
+        "{} has {bytes} bytes, at most {MAX_BYTES} are allowed",
+        package.display()
+    );
     for file in FILES {
-        ensure!(files.lines().any(|line| line == *file), "{} lacks {file}", package.display());
+        ensure!(
+            files.lines().any(|line| line == *file),
+            "{} lacks {file}",
+            package.display()
+        );
     }
     eprintln!("package: {} ({bytes} bytes)", package.display());
     Ok(())
@@ -101,9 +128,15 @@ fn check(package: &Path, files: &str) -> Result<()> {
 fn deb_files(package: &Path) -> Result<String> {
     let listing = shell::output(Command::new("dpkg-deb").arg("--contents").arg(package))?;
     let names = listing.lines().filter_map(|line| line.split_whitespace().nth(5));
-    Ok(names.map(|name| format!("{}\n", name.trim_start_matches('.'))).collect())
+    Ok(names
+        .map(|name| format!("{}\n", name.trim_start_matches('.')))
+        .collect())
 }
 
 fn rpm_files(package: &Path) -> Result<String> {
-    shell::output(Command::new("rpm").args(["--query", "--list", "--package"]).arg(package))
+    shell::output(
+        Command::new("rpm")
+            .args(["--query", "--list", "--package"])
+            .arg(package),
+    )
 }

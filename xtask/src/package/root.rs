@@ -32,7 +32,13 @@ impl Root {
             make_archive(&archive)?;
         }
         let dir = tempfile::tempdir()?;
-        shell::run(Command::new("tar").args(["--numeric-owner", "-xzf"]).arg(&archive).arg("-C").arg(dir.path()))?;
+        shell::run(
+            Command::new("tar")
+                .args(["--numeric-owner", "-xzf"])
+                .arg(&archive)
+                .arg("-C")
+                .arg(dir.path()),
+        )?;
         Ok(Self { dir })
     }
 
@@ -44,15 +50,25 @@ impl Root {
         shell::run(&mut self.command("dpkg", &["--install", "/tmp/stallscope.deb"]))?;
         fs::remove_file(&inside)?;
         for file in files {
-            ensure!(self.dir.path().join(file.trim_start_matches('/')).exists(), "the package did not install {file}");
+            ensure!(
+                self.dir.path().join(file.trim_start_matches('/')).exists(),
+                "the package did not install {file}"
+            );
         }
         self.run_there()?;
         shell::run(&mut self.command("dpkg", &["--remove", "stallscope"]))?;
         let config = self.dir.path().join("etc/stallscope/stallscope.toml");
-        ensure!(config.exists(), "removing the package removed the configuration; only purging may");
+        ensure!(
+            config.exists(),
+            "removing the package removed the configuration; only purging may"
+        );
         shell::run(&mut self.command("dpkg", &["--purge", "stallscope"]))?;
         let left = difference(&before, &self.snapshot()?);
-        ensure!(left.is_empty(), "the package left or changed:\n  {}", left.join("\n  "));
+        ensure!(
+            left.is_empty(),
+            "the package left or changed:\n  {}",
+            left.join("\n  ")
+        );
         Ok(())
     }
 
@@ -60,7 +76,10 @@ impl Root {
     fn run_there(&self) -> Result<()> {
         shell::run(&mut self.command("/usr/bin/stallscope", &["--version"]))?;
         shell::run(&mut self.command("/usr/bin/stallscope", &["config", "check"]))?;
-        let doctor = self.command("/usr/bin/stallscope", &["doctor"]).output().context("doctor did not start")?;
+        let doctor = self
+            .command("/usr/bin/stallscope", &["doctor"])
+            .output()
+            .context("doctor did not start")?;
         let text = String::from_utf8_lossy(&doctor.stdout);
         ensure!(
             matches!(doctor.status.code(), Some(0 | 1)) && !text.trim().is_empty(),
@@ -75,7 +94,10 @@ impl Root {
     fn command(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("chroot");
         command.arg(self.dir.path()).arg(program).args(arguments);
-        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("DEBIAN_FRONTEND", "noninteractive");
+        command
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("DEBIAN_FRONTEND", "noninteractive");
         command
     }
 
@@ -101,23 +123,40 @@ fn walk(root: &Path, folder: &Path, files: &mut Snapshot) -> Result<()> {
 }
 
 fn difference(before: &Snapshot, after: &Snapshot) -> Vec<String> {
-    let changed = after.iter().filter(|(path, size)| before.get(*path) != Some(size)).map(|(path, _)| path);
+    let changed = after
+        .iter()
+        .filter(|(path, size)| before.get(*path) != Some(size))
+        .map(|(path, _)| path);
     let gone = before.keys().filter(|path| !after.contains_key(*path));
-    changed.map(|path| format!("+ /{}", path.display())).chain(gone.map(|path| format!("- /{}", path.display()))).collect()
+    changed
+        .map(|path| format!("+ /{}", path.display()))
+        .chain(gone.map(|path| format!("- /{}", path.display())))
+        .collect()
 }
 
 fn make_archive(archive: &Path) -> Result<()> {
     eprintln!("package: making a {RELEASE} root with debootstrap (minutes, once)");
     let dir = tempfile::tempdir()?;
     let root = dir.path().join("root");
-    shell::run(Command::new("debootstrap").args(["--variant=minbase", RELEASE]).arg(&root))?;
+    shell::run(
+        Command::new("debootstrap")
+            .args(["--variant=minbase", RELEASE])
+            .arg(&root),
+    )?;
     for unneeded in ["var/cache/apt/archives", "var/lib/apt/lists"] {
         let folder = root.join(unneeded);
         fs::remove_dir_all(&folder)?;
         fs::create_dir_all(&folder)?;
     }
     let partial = archive.with_extension("partial");
-    shell::run(Command::new("tar").args(["--numeric-owner", "-czf"]).arg(&partial).arg("-C").arg(&root).arg("."))?;
+    shell::run(
+        Command::new("tar")
+            .args(["--numeric-owner", "-czf"])
+            .arg(&partial)
+            .arg("-C")
+            .arg(&root)
+            .arg("."),
+    )?;
     Ok(fs::rename(partial, archive)?)
 }
 
@@ -128,11 +167,17 @@ mod tests {
     #[test]
     fn leftovers_changes_and_losses_are_named() {
         let of = |entries: &[(&str, Option<u64>)]| -> Snapshot {
-            entries.iter().map(|&(path, size)| (PathBuf::from(path), size)).collect()
+            entries
+                .iter()
+                .map(|&(path, size)| (PathBuf::from(path), size))
+                .collect()
         };
         let before = of(&[("etc", None), ("etc/a", Some(1)), ("etc/b", Some(2))]);
         let after = of(&[("etc", None), ("etc/a", Some(3)), ("etc/new", None)]);
-        assert_eq!(difference(&before, &after), ["+ /etc/a", "+ /etc/new", "- /etc/b"]);
+        assert_eq!(
+            difference(&before, &after),
+            ["+ /etc/a", "+ /etc/new", "- /etc/b"]
+        );
         assert!(difference(&before, &before).is_empty());
     }
 }

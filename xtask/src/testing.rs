@@ -1,0 +1,120 @@
+//! `cargo xtask test`: every test there is, and an honest account of what could not run.
+
+mod cargo_test;
+mod tally;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+use crate::build::Programs;
+use crate::paths::Paths;
+use crate::{build, demo, lab, package, scenario, setup};
+use tally::Tally;
+
+/// Faults that `--quick` runs: one without a fault, one of a device, one of a host.
+const QUICK: [&str; 3] = ["none", "thermal", "loader-cpu"];
+
+/// Arguments of the tests.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct Args {
+    /// Three scenarios instead of all
+    #[arg(long)]
+    pub quick: bool,
+    /// Leave out what needs root, and do not call that a failure
+    #[arg(long)]
+    pub unprivileged: bool,
+}
+
+/// Runs everything and prints `N passed, N failed` last.
+///
+/// # Errors
+/// A test failed, or could not run although it should.
+pub fn run(paths: &Paths, args: Args) -> Result<()> {
+    setup::ensure(paths, setup::Scope::All)?;
+    let programs = build::programs(paths)?;
+    let mut tally = Tally::default();
+    let privileged = rustix::process::geteuid().is_root() && !args.unprivileged;
+    cargo_test::run(paths, &programs, privileged, &mut tally)?;
+    if privileged {
+        scenarios(paths, &programs, args.quick, &mut tally)?;
+        packages(paths, &mut tally);
+    } else {
+        tally.skip("scenarios", "network namespaces and BPF need root");
+        tally.skip("package installation", "chroot needs root");
+    }
+    finish(&tally, args.unprivileged)
+}
+
+fn scenarios(paths: &Paths, programs: &Programs, quick: bool, tally: &mut Tally) -> Result<()> {
+    let faults: Vec<&str> = if quick {
+        QUICK.to_vec()
+    } else {
+        demo::FAULTS.to_vec()
+    };
+    for fault in faults {
+        lab::interrupt::check()?;
+        let name = format!("scenario {fault}");
+        let file: PathBuf = demo::scenario(paths, fault);
+        match scenario::outcome(paths, programs, &file, false) {
+            Ok(outcome) => tally.record(&name, verdict(&outcome)),
+            Err(error) => tally.record(&name, Err(format!("{error:#}"))),
+        }
+    }
+    Ok(())
+}
+
+/// A scenario passes with the right cause at the right place and nobody falsely accused.
+fn verdict(outcome: &scenario::Outcome) -> Result<String, String> {
+    let judgement = &outcome.judgement;
+    let points =
+        |points: Option<f64>| points.map_or_else(|| "unknown".to_owned(), |points| format!("{points:.2}"));
+    let text = format!(
+        "truth {}, verdict {} at {}; {} falsely accused, leaf error {} points, MFU error {} points, {} ms to the verdict",
+        outcome.truth.cause.as_deref().unwrap_or("unknown"),
+        outcome.agent.side.cause.as_deref().unwrap_or("nothing"),
+        outcome.agent.side.place,
+        judgement.false_culprits,
+        points(judgement.leaf_error_points),
+        points(judgement.mfu_error_points),
+        outcome
+            .agent
+            .onset_to_verdict_ms
+            .map_or_else(|| "no".to_owned(), |ms| ms.to_string()),
+    );
+    if judgement.top_cause_right && judgement.false_culprits == 0 {
+        Ok(text)
+    } else {
+        Err(text)
+    }
+}
+
+fn packages(paths: &Paths, tally: &mut Tally) {
+    let result = package::build(paths).and_then(|packages| package::test(paths, &packages));
+    tally.record(
+        "packages",
+        result
+            .map(|()| String::new())
+            .map_err(|error| format!("{error:#}")),
+    );
+}
+
+fn finish(tally: &Tally, may_skip: bool) -> Result<()> {
+    for failure in tally.failures() {
+        println!("FAILED: {failure}");
+    }
+    for (name, why) in tally.skipped() {
+        println!("could not run: {name}: {why}");
+    }
+    println!("{} passed, {} failed", tally.passed(), tally.failures().len());
+    if !tally.failures().is_empty() {
+        bail!("{} tests failed", tally.failures().len());
+    }
+    if !tally.skipped().is_empty() && !may_skip {
+        bail!(
+            "{} tests could not run, and on this machine they should",
+            tally.skipped().len()
+        );
+    }
+    Ok(())
+}
