@@ -7,7 +7,10 @@
 
 pub mod document;
 mod format;
+pub mod html;
+mod markup;
 pub mod share;
+pub mod svg;
 pub mod text;
 mod view;
 pub mod words;
