@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::paths::{self, Paths};
 use crate::{bpf, shell};
@@ -42,10 +42,26 @@ pub fn programs(paths: &Paths) -> Result<Programs> {
         command.args(["--package", package]);
     }
     shell::run(&mut command).context("the workspace does not build")?;
-    let bpf_object = bpf::build(paths, false)?;
-    Ok(Programs {
+    bpf::build(paths, false)?;
+    built(paths)
+}
+
+/// The programs as they were built last.
+///
+/// # Errors
+/// One of them was not built.
+pub fn built(paths: &Paths) -> Result<Programs> {
+    let programs = Programs {
         stallscope: paths.built(PROFILE, "stallscope"),
         vnode: paths.built(PROFILE, "vnode"),
-        bpf_object,
-    })
+        bpf_object: paths.bpf_object(),
+    };
+    for file in [&programs.stallscope, &programs.vnode, &programs.bpf_object] {
+        ensure!(
+            file.exists(),
+            "{} is not built; `cargo xtask test` builds it",
+            file.display()
+        );
+    }
+    Ok(programs)
 }

@@ -1,0 +1,146 @@
+//! Bad surroundings and bad input: a clear message, the rest keeps working, nothing panics.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use stallscope_e2e::{LoneAgent, Said, privileged, stallscope};
+
+fn ends_with(said: &Said, code: i32, words: &[&str]) -> Result<()> {
+    let text = said.text.to_lowercase();
+    ensure!(
+        said.status.code() == Some(code),
+        "exit {:?} instead of {code}: {}",
+        said.status.code(),
+        said.text
+    );
+    ensure!(!text.contains("panicked"), "{}", said.text);
+    for word in words {
+        ensure!(
+            text.contains(&word.to_lowercase()),
+            "nothing about {word:?} in: {}",
+            said.text
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_malformed_configuration_is_refused_with_its_line() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("bad.toml");
+    let file_name = file.display().to_string();
+    for (text, line) in [
+        ("node = \"n\"\n[stroe]\ndir = \"/x\"\n", ":2"),
+        ("\n\n[nvml]\nsample_ms = \"fast\"\n", ":4"),
+        ("node = \n", ":1"),
+    ] {
+        fs::write(&file, text)?;
+        for command in [
+            &["agent", "--config", &file_name][..],
+            &["config", "check", &file_name],
+        ] {
+            ends_with(&stallscope(command)?, 2, &[&format!("bad.toml{line}")])?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_configuration_that_is_not_there_is_named() -> Result<()> {
+    ends_with(
+        &stallscope(&["agent", "--config", "/nonexistent/stallscope.toml"])?,
+        2,
+        &["/nonexistent/stallscope.toml"],
+    )
+}
+
+#[test]
+fn check_and_report_without_an_agent_say_so() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let config = dir.path().join("stallscope.toml");
+    let (store, socket) = (dir.path().join("store"), dir.path().join("socket"));
+    fs::write(
+        &config,
+        format!(
+            "[store]\ndir = \"{}\"\n[control]\nsocket = \"{}\"\n",
+            store.display(),
+            socket.display()
+        ),
+    )?;
+    let config = config.display().to_string();
+    ends_with(&stallscope(&["check", "--config", &config])?, 3, &["socket"])?;
+    ends_with(&stallscope(&["report", "--config", &config])?, 3, &[])
+}
+
+#[test]
+fn doctor_names_what_is_missing_in_one_line_each() -> Result<()> {
+    let said = stallscope(&["doctor"])?;
+    ensure!(
+        matches!(said.status.code(), Some(0 | 1)),
+        "exit {:?}: {}",
+        said.status.code(),
+        said.text
+    );
+    ensure!(
+        said.text.to_lowercase().contains("nvml"),
+        "nothing about NVML in: {}",
+        said.text
+    );
+    Ok(())
+}
+
+#[test]
+fn without_nvml_the_agent_runs_and_says_what_is_lost() -> Result<()> {
+    if !privileged("without_nvml_the_agent_runs_and_says_what_is_lost") {
+        return Ok(());
+    }
+    let mut agent = LoneAgent::start("[nvml]\nlibrary = \"/nonexistent/libnvidia-ml.so.1\"\n", &[])?;
+    agent.says(&["nvml", "/nonexistent/libnvidia-ml.so.1"])?;
+    agent.stops_cleanly()
+}
+
+#[test]
+fn without_a_usable_bpf_object_the_agent_runs_and_says_what_is_lost() -> Result<()> {
+    if !privileged("without_a_usable_bpf_object_the_agent_runs_and_says_what_is_lost") {
+        return Ok(());
+    }
+    let mut agent = LoneAgent::start("[probes]\nobject = \"/nonexistent/stallscope.bpf.o\"\n", &[])?;
+    agent.says(&["/nonexistent/stallscope.bpf.o"])?;
+    agent.stops_cleanly()?;
+
+    let dir = tempfile::tempdir()?;
+    let truncated = dir.path().join("truncated.bpf.o");
+    let (_, programs) = stallscope_e2e::programs()?;
+    let whole = fs::read(&programs.bpf_object)?;
+    fs::write(&truncated, &whole[..whole.len() / 3])?;
+    let mut agent = LoneAgent::start(&format!("[probes]\nobject = \"{}\"\n", truncated.display()), &[])?;
+    agent.says(&["truncated.bpf.o"])?;
+    agent.stops_cleanly()
+}
+
+#[test]
+fn without_root_the_agent_runs_and_says_what_is_lost() -> Result<()> {
+    if !privileged("without_root_the_agent_runs_and_says_what_is_lost") {
+        return Ok(());
+    }
+    let nobody = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--inh-caps=-all",
+    ];
+    let mut agent = LoneAgent::start("", &nobody)?;
+    agent.says(&["probes"])?;
+    agent.stops_cleanly()
+}
+
+#[test]
+fn a_store_that_cannot_be_written_is_named() -> Result<()> {
+    if !privileged("a_store_that_cannot_be_written_is_named") {
+        return Ok(());
+    }
+    let mut agent = LoneAgent::start("[store]\ndir = \"/proc/stallscope-store\"\n", &[])?;
+    agent.says(&["store", "/proc/stallscope-store"])?;
+    agent.stops_cleanly()
+}
