@@ -1,0 +1,185 @@
+//! Killing and restarting collector, agent or job leaves a correct report with its gaps named.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use stallscope_e2e::{privileged, programs};
+use xtask::demo;
+use xtask::judge;
+use xtask::lab::cluster::Cluster;
+use xtask::lab::observe::{Run, observe, run_folder};
+use xtask::progress::Progress;
+
+/// The step at which something is killed, and the one at which it is started again: both while the fault is on.
+const KILL_AT: u64 = 60;
+const START_AT: u64 = 90;
+
+/// Runs the thermal scenario and disturbs it at every step the job reports.
+fn run_disturbed(disturb: impl FnMut(&mut Cluster, u64) -> Result<()>) -> Result<Run> {
+    let (paths, programs) = programs()?;
+    let (dir, _deleted_at_the_end) = run_folder(false)?;
+    let mut cluster = Cluster::start(&paths, &programs, &demo::scenario(&paths, "thermal"), &dir, true)?;
+    observe(&mut cluster, &mut Progress::start(), disturb)
+}
+
+fn is_right(run: &Run) -> Result<()> {
+    let judged = judge::judge(&run.truth, &run.report);
+    ensure!(
+        judged.top_cause_right,
+        "wrong verdict: {}",
+        run.report["jobs"][0]["verdicts"]
+    );
+    sums_hold(&run.report)
+}
+
+/// Every budget of the report sums to its time.
+fn sums_hold(report: &Value) -> Result<()> {
+    let gpus = report["jobs"][0]["gpus"]
+        .as_array()
+        .context("a report without GPUs")?;
+    ensure!(!gpus.is_empty(), "a report without GPUs");
+    for gpu in gpus {
+        let budget = gpu["budget"].as_object().context("a GPU without a budget")?;
+        let sum: i64 = budget.values().filter_map(Value::as_i64).sum();
+        ensure!(
+            Some(sum) == gpu["total_ns"].as_i64(),
+            "the leaves of rank {} sum to {sum}",
+            gpu["rank"]
+        );
+    }
+    Ok(())
+}
+
+fn gaps(report: &Value) -> Vec<String> {
+    let gaps = report["jobs"][0]["gaps"].as_array().cloned().unwrap_or_default();
+    gaps.iter()
+        .map(|gap| format!("{} {}", gap["node"], gap["what"]))
+        .collect()
+}
+
+/// Steps that the report covers, of the rank that has the fewest.
+fn fewest_steps(report: &Value) -> u64 {
+    let gpus = report["jobs"][0]["gpus"].as_array().cloned().unwrap_or_default();
+    gpus.iter()
+        .filter_map(|gpu| gpu["steps"]["count"].as_u64())
+        .min()
+        .unwrap_or(0)
+}
+
+#[test]
+fn a_killed_collector_loses_nothing() -> Result<()> {
+    if !privileged("a_killed_collector_loses_nothing") {
+        return Ok(());
+    }
+    let mut last_step = 0;
+    let run = run_disturbed(|cluster, step| {
+        last_step = step;
+        if (KILL_AT..START_AT).contains(&step) && cluster.collector_pid().is_some() {
+            cluster.kill_collector();
+        } else if step >= START_AT && cluster.collector_pid().is_none() {
+            cluster.start_collector()?;
+        }
+        Ok(())
+    })?;
+    is_right(&run)?;
+    // The steps of the outage were kept by the agents and came later; the first and the last may be cut off.
+    let missing = last_step.saturating_sub(fewest_steps(&run.report));
+    ensure!(
+        missing < START_AT - KILL_AT,
+        "{missing} of {last_step} steps are missing; gaps {:?}",
+        gaps(&run.report)
+    );
+    Ok(())
+}
+
+#[test]
+fn a_killed_agent_leaves_a_named_gap() -> Result<()> {
+    if !privileged("a_killed_agent_leaves_a_named_gap") {
+        return Ok(());
+    }
+    let mut node = String::new();
+    let run = run_disturbed(|cluster, step| {
+        let agent = cluster.agents().last().context("no agents")?;
+        let (index, is_running) = (cluster.agents().len() - 1, agent.pid().is_some());
+        if (KILL_AT..START_AT).contains(&step) && is_running {
+            node.clone_from(&agent.node().name);
+            cluster.kill_agent(index);
+        } else if step >= START_AT && !is_running {
+            cluster.start_agent(index)?;
+        }
+        Ok(())
+    })?;
+    is_right(&run)?;
+    let gaps = gaps(&run.report);
+    ensure!(
+        gaps.iter().any(|gap| gap.contains(&node)),
+        "no gap names {node}: {gaps:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_killed_job_leaves_a_correct_report() -> Result<()> {
+    if !privileged("a_killed_job_leaves_a_correct_report") {
+        return Ok(());
+    }
+    let (paths, programs) = programs()?;
+    let (dir, _deleted_at_the_end) = run_folder(false)?;
+    let mut cluster = Cluster::start(&paths, &programs, &demo::scenario(&paths, "thermal"), &dir, true)?;
+    let mut killed = false;
+    // The virtual nodes may end with an error when their job is killed; the report is what counts.
+    let _ended = observe(&mut cluster, &mut Progress::start(), |cluster, step| {
+        if step >= START_AT && !killed {
+            killed = true;
+            kill_processes_of(&cluster.agents()[0].node().cgroup)?;
+        }
+        Ok(())
+    });
+    ensure!(killed, "the job ended before it was killed");
+    let report = stallscope_e2e::eventually(std::time::Duration::from_secs(10), || {
+        cluster.check_running()?;
+        let report: Value = serde_json::from_str(&cluster.report("json")?)?;
+        sums_hold(&report)?;
+        Ok(report)
+    })?;
+    let first = judge::accusations(&report)
+        .into_iter()
+        .next()
+        .context("no verdict")?;
+    ensure!(first.cause == "device.thermal", "wrong verdict: {first:?}");
+    Ok(())
+}
+
+/// Kills every process below a control group.
+fn kill_processes_of(group: &str) -> Result<()> {
+    let mut killed = 0;
+    for root in fs::read_dir("/sys/fs/cgroup")?.flatten() {
+        killed += kill_below(&root.path().join(group.trim_start_matches('/')));
+    }
+    ensure!(killed > 0, "no process below {group}");
+    Ok(())
+}
+
+fn kill_below(group: &Path) -> usize {
+    let mut killed = 0;
+    let processes = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    for pid in processes
+        .lines()
+        .filter_map(|line| line.parse().ok())
+        .filter_map(Pid::from_raw)
+    {
+        killed += usize::from(kill_process(pid, Signal::KILL).is_ok());
+    }
+    for below in fs::read_dir(group)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.path().is_dir())
+    {
+        killed += kill_below(&below.path());
+    }
+    killed
+}
