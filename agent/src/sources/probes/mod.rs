@@ -1,1 +1,36 @@
 //! The eBPF programs: loading, attaching, reading.
+//!
+//! # Facade
+//! - [`Probes::load`]`(&ProbesConfig) -> Result<Loaded, LoadError>`: finds and loads the object. [`Loaded`] holds
+//!   [`Probes`] (control), [`Reader`] (records; may go to its own thread) and [`Health`] (what each program gives, or why not).
+//! - [`Probes::attach_library`]`(&Library) -> Result<Attached, AttachError>` and [`Probes::release_library`]`(LibraryId)`;
+//!   both may take a while (milliseconds a symbol), so call them away from the reader's thread.
+//! - [`Probes::trace_process`]`(tgid, ProcessRole)` and [`Probes::forget_process`]`(tgid)`: the kernel's filter. Children of
+//!   traced processes are added by the kernel; [`ProcessEvent::Fork`] tells of them. The scheduler and file programs are
+//!   attached while at least one process is traced.
+//! - [`Reader::drain`]`(timeout, &mut dyn FnMut(RawEvent))`: waits, then gives everything there is. Call it at least every
+//!   50 ms; kernel-side counters, idle launch runs and losses come through it too, so nothing else has to be polled.
+//! - [`Decoder::decode`]`(RawEvent, lookup, out)`: raw events to [`Decoded`]: an [`Observation`] or a [`ProcessEvent`].
+//! - [`Probes::verifier_stats`], [`Probes::run_stats`], [`Reader::lost`], [`Decoder::refused`]: the probes' own cost and losses.
+//!
+//! [`Observation`]: crate::observation::Observation
+//! [`ProcessEvent`]: crate::sources::procs::ProcessEvent
+//! [`ProcessEvent::Fork`]: crate::sources::procs::ProcessEvent::Fork
+
+mod attach;
+mod decode;
+mod filter;
+mod format;
+mod object;
+mod points;
+mod rings;
+mod stats;
+mod symbols;
+
+pub use attach::{AttachError, Attached, SymbolFailure};
+pub use decode::{Decoded, Decoder, Refused};
+pub use filter::FilterError;
+pub use object::{Health, LoadError, Loaded, Outcome, Probes, ProbesConfig, ProgramHealth, object_places};
+pub use rings::{DrainError, Drained, RawEvent, Reader};
+pub use stats::{RunStats, VerifierStats};
+pub use symbols::{FirstInstruction, SymbolError, Symbols};

@@ -1,0 +1,271 @@
+//! Probes on libraries: attached once per file, whoever maps it.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use aya::Ebpf;
+use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
+use aya::programs::{ProgramError, UProbe};
+
+use super::points::{Point, points};
+use super::symbols::{FirstInstruction, SymbolError, Symbols};
+use crate::sources::procs::{Library, LibraryId};
+
+/// Libraries whose symbols are remembered after release, for when another process maps them again.
+const REMEMBERED_LIBRARIES: usize = 64;
+
+/// What became of a library.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Which file.
+    pub id: LibraryId,
+    /// Functions with probes.
+    pub functions: usize,
+    /// Known functions that this version does not export.
+    pub absent: Vec<&'static str>,
+    /// Functions on which attaching failed, with the reason; their calls stay unseen.
+    pub failed: Vec<SymbolFailure>,
+    /// Functions whose first instruction the kernel has to single-step, which makes a hit about three times as dear.
+    pub single_stepped: Vec<&'static str>,
+    /// Whether the opened file has another inode than the mapping was listed with: as on overlay file systems, or because
+    /// the file was replaced on disk after the process mapped it. In the latter case nothing will be seen of it.
+    pub inode_differs: bool,
+    /// Time it took.
+    pub took: Duration,
+}
+
+/// A function that cannot be probed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SymbolFailure {
+    /// The symbol.
+    pub symbol: &'static str,
+    /// Why.
+    pub why: String,
+}
+
+/// Why a library cannot be traced at all.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// It cannot be opened: the process that mapped it is gone, or the path is.
+    #[error("{shown} of process {pid} cannot be opened ({source}); its calls stay unseen")]
+    Open {
+        /// As the process names it.
+        shown: String,
+        /// The process.
+        pid: u32,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its symbols cannot be read.
+    #[error("{shown} cannot be traced: {source}; its calls stay unseen")]
+    Symbols {
+        /// As the process names it.
+        shown: String,
+        /// Why.
+        source: SymbolError,
+    },
+    /// It has none of the functions, or none could be probed.
+    #[error("{shown} cannot be traced: {why}; its calls stay unseen")]
+    Nothing {
+        /// As the process names it.
+        shown: String,
+        /// Why.
+        why: String,
+    },
+}
+
+struct Links {
+    /// Dropped first: an entry without its return leaves a call open, a return without its entry nothing.
+    entries: Vec<UProbeLink>,
+    returns: Vec<UProbeLink>,
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        self.entries.clear();
+        self.returns.clear();
+    }
+}
+
+/// The libraries with probes.
+#[derive(Default)]
+pub(super) struct Attachments {
+    attached: HashMap<LibraryId, (Links, Attached)>,
+    symbols: HashMap<FileIdentity, Symbols>,
+}
+
+/// A file's content, as far as its inode tells: a rewritten file has another time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct FileIdentity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified_s: i64,
+    modified_ns: i64,
+}
+
+impl Attachments {
+    pub(super) fn ids(&self) -> impl Iterator<Item = LibraryId> {
+        self.attached.keys().copied()
+    }
+
+    pub(super) fn release(&mut self, id: LibraryId) {
+        self.attached.remove(&id);
+    }
+
+    pub(super) fn attach(&mut self, ebpf: &mut Ebpf, library: &Library) -> Result<Attached, AttachError> {
+        if let Some((_, attached)) = self.attached.get(&library.id) {
+            return Ok(attached.clone());
+        }
+        let start = Instant::now();
+        let open = |source| AttachError::Open {
+            shown: library.shown.clone(),
+            pid: library.pid,
+            source,
+        };
+        let file = File::open(&library.path).map_err(open)?;
+        let metadata = file.metadata().map_err(open)?;
+        let identity = FileIdentity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            bytes: metadata.size(),
+            modified_s: metadata.mtime(),
+            modified_ns: metadata.mtime_nsec(),
+        };
+        let symbols = self.symbols(&file, identity, library)?.clone();
+        let mut attached = Attached {
+            id: library.id,
+            functions: 0,
+            absent: Vec::new(),
+            failed: Vec::new(),
+            single_stepped: Vec::new(),
+            inode_differs: identity.inode != library.id.inode,
+            took: Duration::ZERO,
+        };
+        let links = attach_points(ebpf, &file, points(library.kind), &symbols, &mut attached);
+        attached.took = start.elapsed();
+        if attached.functions == 0 {
+            let why = match attached.failed.first() {
+                Some(failure) => format!("the kernel refuses probes ({}: {})", failure.symbol, failure.why),
+                None => "it exports none of the known functions".to_owned(),
+            };
+            return Err(AttachError::Nothing {
+                shown: library.shown.clone(),
+                why,
+            });
+        }
+        self.attached.insert(library.id, (links, attached.clone()));
+        Ok(attached)
+    }
+
+    /// The symbols of a file, read once: the tables of the large libraries take a tenth of a second.
+    fn symbols(
+        &mut self,
+        file: &File,
+        identity: FileIdentity,
+        library: &Library,
+    ) -> Result<&Symbols, AttachError> {
+        if !self.symbols.contains_key(&identity) {
+            let wanted: Vec<_> = points(library.kind).iter().map(|point| point.symbol).collect();
+            let symbols = Symbols::read(file, &wanted).map_err(|source| AttachError::Symbols {
+                shown: library.shown.clone(),
+                source,
+            })?;
+            if self.symbols.len() >= REMEMBERED_LIBRARIES {
+                self.symbols.clear();
+            }
+            self.symbols.insert(identity, symbols);
+        }
+        Ok(&self.symbols[&identity])
+    }
+}
+
+/// Attaches every point that the file has. Functions that share an address are one function: the first name wins.
+fn attach_points(
+    ebpf: &mut Ebpf,
+    file: &File,
+    points: &[Point],
+    symbols: &Symbols,
+    attached: &mut Attached,
+) -> Links {
+    // By descriptor, so that it is the file whose symbols were read even when its path leads elsewhere by now.
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let mut links = Links {
+        entries: Vec::new(),
+        returns: Vec::new(),
+    };
+    let mut seen = Vec::new();
+    for point in points {
+        let Some(symbol) = symbols.get(point.symbol) else {
+            attached.absent.push(point.symbol);
+            continue;
+        };
+        if seen.contains(&symbol.file_offset) {
+            continue;
+        }
+        seen.push(symbol.file_offset);
+        match attach_point(ebpf, &path, point, symbol.file_offset) {
+            Ok((entry, on_return)) => {
+                links.entries.push(entry);
+                links.returns.extend(on_return);
+                attached.functions += 1;
+                if symbol.first == FirstInstruction::SingleStepped {
+                    attached.single_stepped.push(point.symbol);
+                }
+            }
+            Err(error) => {
+                attached.failed.push(SymbolFailure {
+                    symbol: point.symbol,
+                    why: describe(&error),
+                });
+            }
+        }
+    }
+    links
+}
+
+fn describe(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+/// The return goes first, so that no entry is seen whose return is not.
+fn attach_point(
+    ebpf: &mut Ebpf,
+    path: &std::path::Path,
+    point: &Point,
+    offset: u64,
+) -> Result<(UProbeLink, Option<UProbeLink>), ProgramError> {
+    let on_return = match point.on_return {
+        Some(program) => Some(attach_program(ebpf, path, program, offset, None)?),
+        None => None,
+    };
+    let entry = attach_program(ebpf, path, point.entry, offset, Some(point.cookie))?;
+    Ok((entry, on_return))
+}
+
+fn attach_program(
+    ebpf: &mut Ebpf,
+    path: &std::path::Path,
+    program: &str,
+    offset: u64,
+    cookie: Option<u64>,
+) -> Result<UProbeLink, ProgramError> {
+    let program = ebpf.program_mut(program).ok_or(ProgramError::InvalidName {
+        name: program.to_owned(),
+    })?;
+    let program = <&mut UProbe>::try_from(program)?;
+    let point = UProbeAttachPoint {
+        location: UProbeAttachLocation::AbsoluteOffset(offset),
+        cookie,
+    };
+    let id = program.attach(point, path, UProbeScope::AllProcesses)?;
+    program.take_link(id)
+}

@@ -1,0 +1,518 @@
+//! Finding and loading the BPF object, and the handle on what it does.
+
+use std::collections::HashMap as StdHashMap;
+use std::env;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use aya::maps::MapError;
+use aya::programs::trace_point::TracePointLink;
+use aya::programs::{Program, ProgramError, TracePoint, UProbe};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+
+use super::attach::{AttachError, Attached, Attachments};
+use super::filter::{Filter, FilterError};
+use super::format;
+use super::points::{Hook, PROGRAMS, ProgramSpec, When};
+use super::rings::Reader;
+use super::stats::{Counters, RunStats, VerifierStats};
+use crate::observation::ProcessRole;
+use crate::sources::procs::{Library, LibraryId};
+
+/// Names the object file; the configuration goes first.
+const OBJECT_VARIABLE: &str = "STALLSCOPE_BPF_OBJECT";
+const OBJECT_NAME: &str = "stallscope.bpf.o";
+
+/// Settings of the probes. Times in ns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProbesConfig {
+    /// The object file; found when `None` (see [`object_places`]).
+    pub object: Option<PathBuf>,
+    /// A launch later than this after the last one starts a new launch run. Default 500 us.
+    pub launch_gap_ns: u64,
+    /// A launch run never grows longer than this. Default 10 ms.
+    pub launch_run_ns: u64,
+    /// Shorter times off the CPU are not recorded. Default 50 us.
+    pub off_cpu_min_ns: u64,
+    /// Shorter file calls are counted, not recorded. Default 200 us.
+    pub file_call_min_ns: u64,
+    /// Bytes lying in a ring that wake the reader early. Default 64 KiB; the smallest ring holds 1 MiB.
+    pub wake_bytes: u64,
+}
+
+impl Default for ProbesConfig {
+    fn default() -> Self {
+        Self {
+            object: None,
+            launch_gap_ns: 500_000,
+            launch_run_ns: 10_000_000,
+            off_cpu_min_ns: 50_000,
+            file_call_min_ns: 200_000,
+            wake_bytes: 64 << 10,
+        }
+    }
+}
+
+/// Why there are no probes at all. Each text says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// No object file.
+    #[error(
+        "the BPF object was not found (looked at {}); name it in the configuration or in {OBJECT_VARIABLE}",
+        searched.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    )]
+    NotFound {
+        /// Where it was looked for.
+        searched: Vec<PathBuf>,
+    },
+    /// The object file cannot be read.
+    #[error("the BPF object {} cannot be read: {source}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The caller may not use BPF.
+    #[error(
+        "the kernel refuses BPF to this user; run as root, or with CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN: {source}"
+    )]
+    NotPermitted {
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The object is not what this agent expects.
+    #[error("the BPF object {} does not fit this agent: {source}; install both from one package", path.display())]
+    Object {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: Box<EbpfError>,
+    },
+    /// A map is missing from the object or cannot be used.
+    #[error("the BPF object's map {map} cannot be used ({why}); install agent and object from one package")]
+    Map {
+        /// Which.
+        map: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+/// What one program gives here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is loaded, and attached where that does not depend on a library.
+    Ok,
+    /// This kernel lacks what it needs.
+    Unsupported(String),
+    /// It should work here and does not.
+    Broken(String),
+}
+
+/// One program's intent and outcome.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgramHealth {
+    /// The program.
+    pub program: &'static str,
+    /// Its world: `nccl`, `cuda`, `sched`, `block`, `procs`.
+    pub world: &'static str,
+    /// What it is for, and so what is lost without it.
+    pub intent: &'static str,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+/// What every program gives here.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Health {
+    /// One entry per program of the object.
+    pub programs: Vec<ProgramHealth>,
+}
+
+impl Health {
+    /// The programs that give nothing.
+    pub fn missing(&self) -> impl Iterator<Item = &ProgramHealth> {
+        self.programs
+            .iter()
+            .filter(|program| program.outcome != Outcome::Ok)
+    }
+
+    fn set(&mut self, name: &str, outcome: Outcome) {
+        if let Some(program) = self.programs.iter_mut().find(|program| program.program == name) {
+            program.outcome = outcome;
+        }
+    }
+
+    fn of(&self, name: &str) -> Option<&Outcome> {
+        self.programs
+            .iter()
+            .find(|program| program.program == name)
+            .map(|program| &program.outcome)
+    }
+}
+
+/// Loaded probes.
+pub struct Loaded {
+    /// Attaches, detaches and filters.
+    pub probes: Probes,
+    /// Reads; may be used from another thread.
+    pub reader: Reader,
+    /// What each program gives.
+    pub health: Health,
+}
+
+/// Control of the loaded programs. Dropping it detaches everything.
+pub struct Probes {
+    attachments: Attachments,
+    tracing: Vec<TracePointLink>,
+    _always: Vec<TracePointLink>,
+    filter: Filter,
+    health: Health,
+    _run_time: Option<OwnedFd>,
+    ebpf: Ebpf,
+}
+
+/// The places where the object is looked for, best first: the configuration, `STALLSCOPE_BPF_OBJECT`, beside the binary, and
+/// `../lib/stallscope/` from there.
+#[must_use]
+pub fn object_places(configured: Option<&Path>) -> Vec<PathBuf> {
+    if let Some(path) = configured {
+        return vec![path.to_owned()];
+    }
+    if let Some(path) = env::var_os(OBJECT_VARIABLE).filter(|path| !path.is_empty()) {
+        return vec![path.into()];
+    }
+    let exe = env::current_exe().unwrap_or_default();
+    let folder = exe.parent().unwrap_or(Path::new(""));
+    let mut places = vec![folder.join(OBJECT_NAME)];
+    if let Some(prefix) = folder.parent() {
+        places.push(prefix.join("lib/stallscope").join(OBJECT_NAME));
+    }
+    places
+}
+
+impl Probes {
+    /// Finds and loads the object, and attaches what needs no library.
+    ///
+    /// A program that this kernel cannot run is named in the health and the rest goes on.
+    ///
+    /// # Errors
+    /// [`LoadError`]: no object, no permission, or an object of another version.
+    pub fn load(config: &ProbesConfig) -> Result<Loaded, LoadError> {
+        let path = find_object(config)?;
+        let bytes = fs::read(&path).map_err(|source| LoadError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let mut health = Health {
+            programs: PROGRAMS
+                .iter()
+                .map(|spec| ProgramHealth {
+                    program: spec.name,
+                    world: spec.ring.name(),
+                    intent: spec.intent,
+                    outcome: Outcome::Ok,
+                })
+                .collect(),
+        };
+        let offsets = read_offsets(&mut health);
+        let mut ebpf = load_object(&path, &bytes, config, &offsets)?;
+        load_programs(&mut ebpf, &mut health)?;
+        let always = attach_tracepoints(&mut ebpf, When::Always, &mut health);
+        let reader = Reader::new(&mut ebpf, config.launch_gap_ns)?;
+        let filter = Filter::new(take_map(&mut ebpf, "PROCESSES")?);
+        let probes = Self {
+            attachments: Attachments::default(),
+            tracing: Vec::new(),
+            _always: always,
+            filter,
+            health: health.clone(),
+            _run_time: None,
+            ebpf,
+        };
+        Ok(Loaded {
+            probes,
+            reader,
+            health,
+        })
+    }
+
+    /// Attaches to every known function of the library. Attaching twice changes nothing.
+    ///
+    /// # Errors
+    /// [`AttachError`] when nothing of the library can be traced; single failures are in [`Attached`].
+    pub fn attach_library(&mut self, library: &Library) -> Result<Attached, AttachError> {
+        self.attachments.attach(&mut self.ebpf, library)
+    }
+
+    /// Detaches from the library; nothing happens when it is not attached.
+    pub fn release_library(&mut self, id: LibraryId) {
+        self.attachments.release(id);
+    }
+
+    /// The attached libraries.
+    pub fn libraries(&self) -> impl Iterator<Item = LibraryId> {
+        self.attachments.ids()
+    }
+
+    /// Records this process from now on, and all children it has from now on.
+    ///
+    /// # Errors
+    /// The kernel's map is full.
+    pub fn trace_process(&mut self, tgid: u32, role: ProcessRole) -> Result<(), FilterError> {
+        if self.tracing.is_empty() {
+            self.tracing = attach_tracepoints(&mut self.ebpf, When::Tracing, &mut self.health);
+        }
+        self.filter.add(tgid, role)
+    }
+
+    /// Records this process no longer.
+    pub fn forget_process(&mut self, tgid: u32) {
+        self.filter.remove(tgid);
+        if self.filter.is_empty() {
+            self.tracing.clear();
+        }
+    }
+
+    /// What each program gives now.
+    #[must_use]
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// The size of every loaded program as the verifier saw it; empty on kernels before 5.16.
+    #[must_use]
+    pub fn verifier_stats(&self) -> Vec<VerifierStats> {
+        self.counters()
+            .filter_map(|(program, counters)| {
+                let verified_instructions = counters.verified_instructions?;
+                Some(VerifierStats {
+                    program,
+                    verified_instructions,
+                })
+            })
+            .collect()
+    }
+
+    /// Makes the kernel count runs and run times, at about 20 ns a run; until this value is dropped.
+    ///
+    /// # Errors
+    /// The kernel is older than 5.8 or refuses.
+    pub fn count_runs(&mut self) -> io::Result<()> {
+        let guard = aya::sys::enable_stats(aya::sys::Stats::RunTime).map_err(|error| error.io_error)?;
+        self._run_time = Some(guard);
+        Ok(())
+    }
+
+    /// Runs and run times of every loaded program, counted while [`Probes::count_runs`] is on.
+    #[must_use]
+    pub fn run_stats(&self) -> Vec<RunStats> {
+        self.counters()
+            .filter_map(|(program, counters)| {
+                Some(RunStats {
+                    program,
+                    runs: counters.runs?,
+                    run_ns: counters.run_ns?,
+                })
+            })
+            .collect()
+    }
+
+    fn counters(&self) -> impl Iterator<Item = (&'static str, Counters)> {
+        PROGRAMS.iter().filter_map(|spec| {
+            let fd = self.ebpf.program(spec.name)?.fd().ok()?;
+            Some((spec.name, Counters::read(fd)))
+        })
+    }
+}
+
+fn find_object(config: &ProbesConfig) -> Result<PathBuf, LoadError> {
+    let searched = object_places(config.object.as_deref());
+    match searched.iter().find(|path| path.exists()) {
+        Some(path) => Ok(path.clone()),
+        None => Err(LoadError::NotFound { searched }),
+    }
+}
+
+/// Reads the offsets of all tracepoint fields; what cannot be read makes the programs on that tracepoint unsupported.
+fn read_offsets(health: &mut Health) -> StdHashMap<&'static str, u32> {
+    let mut offsets = StdHashMap::new();
+    let tracefs = match format::tracefs() {
+        Ok(tracefs) => tracefs,
+        Err(error) => {
+            for spec in PROGRAMS
+                .iter()
+                .filter(|spec| matches!(spec.hook, Hook::Tracepoints(..)))
+            {
+                let why = format!("tracefs is not mounted and cannot be: {error}");
+                health.set(spec.name, Outcome::Unsupported(why));
+            }
+            return offsets;
+        }
+    };
+    for offset in format::OFFSETS {
+        match offset.read(&tracefs) {
+            Ok(value) => {
+                offsets.insert(offset.setting, value);
+            }
+            Err(why) => {
+                for spec in PROGRAMS.iter().filter(|spec| needs(spec, &offset.tracepoint())) {
+                    health.set(spec.name, Outcome::Unsupported(why.clone()));
+                }
+            }
+        }
+    }
+    offsets
+}
+
+/// Whether the program reads fields of that tracepoint. All system calls share the layout of `mmap`'s.
+fn needs(spec: &ProgramSpec, tracepoint: &str) -> bool {
+    let Hook::Tracepoints(_, points) = spec.hook else {
+        return false;
+    };
+    points.iter().any(|(category, event)| {
+        let name = format!("{category}/{event}");
+        name == tracepoint
+            || (tracepoint == "syscalls/sys_enter_mmap" && name.starts_with("syscalls/sys_enter_"))
+            || (tracepoint == "syscalls/sys_exit_mmap" && name.starts_with("syscalls/sys_exit_"))
+    })
+}
+
+fn load_object(
+    path: &Path,
+    bytes: &[u8],
+    config: &ProbesConfig,
+    offsets: &StdHashMap<&'static str, u32>,
+) -> Result<Ebpf, LoadError> {
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global("LAUNCH_GAP_NS", &config.launch_gap_ns, true)
+        .override_global("LAUNCH_RUN_NS", &config.launch_run_ns, true)
+        .override_global("OFF_CPU_MIN_NS", &config.off_cpu_min_ns, true)
+        .override_global("FILE_CALL_MIN_NS", &config.file_call_min_ns, true)
+        .override_global("WAKE_BYTES", &config.wake_bytes, true);
+    for (setting, offset) in offsets {
+        loader.override_global(setting, offset, true);
+    }
+    loader.load(bytes).map_err(|error| match permission(&error) {
+        Some(source) => LoadError::NotPermitted { source },
+        None => LoadError::Object {
+            path: path.to_owned(),
+            source: Box::new(error),
+        },
+    })
+}
+
+/// The refusal somewhere in the chain of causes.
+fn permission(error: &(dyn std::error::Error + 'static)) -> Option<io::Error> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>()
+            && error.kind() == io::ErrorKind::PermissionDenied
+        {
+            return Some(io::Error::from(io::ErrorKind::PermissionDenied));
+        }
+        cause = error.source();
+    }
+    None
+}
+
+fn load_programs(ebpf: &mut Ebpf, health: &mut Health) -> Result<(), LoadError> {
+    for spec in PROGRAMS {
+        if health.of(spec.name) != Some(&Outcome::Ok) {
+            continue;
+        }
+        let Err(error) = load_program(ebpf, spec) else {
+            continue;
+        };
+        if let Some(source) = permission(&error) {
+            return Err(LoadError::NotPermitted { source });
+        }
+        health.set(spec.name, Outcome::Broken(one_line(&error)));
+    }
+    Ok(())
+}
+
+fn load_program(ebpf: &mut Ebpf, spec: &ProgramSpec) -> Result<(), ProgramError> {
+    let program = ebpf.program_mut(spec.name).ok_or(ProgramError::InvalidName {
+        name: spec.name.to_owned(),
+    })?;
+    match spec.hook {
+        Hook::Entry | Hook::Return => <&mut UProbe>::try_from(program)?.load(),
+        Hook::Tracepoints(..) => <&mut TracePoint>::try_from(program)?.load(),
+    }
+}
+
+/// An error with its causes; of a verifier's log only the end, where the reason stands.
+fn one_line(error: &dyn std::error::Error) -> String {
+    let text = error.to_string();
+    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    match lines.as_slice() {
+        [] => String::new(),
+        [line] => (*line).to_owned(),
+        [first, .., reason, last] if last.starts_with("processed ") => format!("{first} .. {reason}"),
+        [first, .., last] => format!("{first} .. {last}"),
+    }
+}
+
+/// Attaches the tracepoint programs of this kind; every failure is in the health.
+fn attach_tracepoints(ebpf: &mut Ebpf, wanted: When, health: &mut Health) -> Vec<TracePointLink> {
+    let mut links = Vec::new();
+    for spec in PROGRAMS {
+        let Hook::Tracepoints(when, points) = spec.hook else {
+            continue;
+        };
+        if when != wanted || health.of(spec.name) != Some(&Outcome::Ok) {
+            continue;
+        }
+        let mut failures = Vec::new();
+        for (category, event) in points {
+            match attach_tracepoint(ebpf, spec.name, category, event) {
+                Ok(link) => links.push(link),
+                Err(error) => failures.push(format!("{category}/{event}: {error}")),
+            }
+        }
+        if failures.len() == points.len() {
+            health.set(spec.name, Outcome::Broken(failures.join("; ")));
+        } else if !failures.is_empty() {
+            tracing::warn!(
+                program = spec.name,
+                failures = failures.join("; "),
+                "some tracepoints are missing"
+            );
+        }
+    }
+    links
+}
+
+fn attach_tracepoint(
+    ebpf: &mut Ebpf,
+    name: &str,
+    category: &str,
+    event: &str,
+) -> Result<TracePointLink, ProgramError> {
+    let program: &mut Program = ebpf.program_mut(name).ok_or(ProgramError::InvalidName {
+        name: name.to_owned(),
+    })?;
+    let program = <&mut TracePoint>::try_from(program)?;
+    let id = program.attach(category, event)?;
+    program.take_link(id)
+}
+
+/// Takes a map out of the object.
+pub(super) fn take_map<M>(ebpf: &mut Ebpf, map: &'static str) -> Result<M, LoadError>
+where
+    M: TryFrom<aya::maps::Map, Error = MapError>,
+{
+    let found = ebpf.take_map(map).ok_or_else(|| LoadError::Map {
+        map,
+        why: "it is missing".to_owned(),
+    })?;
+    M::try_from(found).map_err(|error| LoadError::Map {
+        map,
+        why: error.to_string(),
+    })
+}
