@@ -4,7 +4,6 @@
 //! the protocol.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-#[expect(dead_code, reason = "each test file uses a part")]
 mod common;
 
 use std::path::PathBuf;

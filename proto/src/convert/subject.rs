@@ -8,7 +8,7 @@ use super::{WireError, name, text_of};
 use crate::v1;
 
 /// Most subjects one boot of an agent may announce.
-pub const MAX_SUBJECTS: usize = 65_536;
+pub const MAX_SUBJECTS: usize = 4096;
 
 impl v1::GpuSubject {
     /// The subject as `sender` tells it.
@@ -125,6 +125,11 @@ impl KnownSubjects {
         }
         self.entries.insert(id, entry);
         Ok(())
+    }
+
+    /// All of them, by number.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &SubjectEntry)> {
+        self.entries.iter().map(|(id, entry)| (*id, entry))
     }
 
     /// The subject of that number, if it was announced.
