@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod agent;
+mod collect;
 mod config;
 
 /// Where every lost GPU FLOP went, who caused it, and on what evidence.
@@ -21,6 +22,8 @@ struct Cli {
 enum Command {
     /// Run the daemon: sources to budgets to sinks
     Agent(agent::Args),
+    /// Take the streams of agents, keep them, answer reports
+    Collect(collect::Args),
     /// Validate the configuration, or print the default file
     Config(config::Args),
 }
@@ -30,6 +33,7 @@ enum Command {
 pub fn run() -> ExitCode {
     match Cli::parse().command {
         Command::Agent(args) => agent::run(args),
+        Command::Collect(args) => collect::run(args),
         Command::Config(args) => config::run(&args),
     }
 }

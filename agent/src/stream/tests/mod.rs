@@ -1,0 +1,5 @@
+//! The stream against a model in virtual time, and against the real collector over loopback.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod spool;
+mod virtual_time;
