@@ -3,6 +3,7 @@
 pub mod bpf;
 pub mod build;
 pub mod ci;
+pub mod cost;
 pub mod demo;
 pub mod judge;
 pub mod lab;

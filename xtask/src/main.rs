@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::paths::Paths;
-use xtask::{bpf, ci, demo, package, scenario, setup, testing};
+use xtask::{bpf, ci, cost, demo, package, scenario, setup, testing};
 
 /// Tasks around stallscope
 #[derive(Debug, Parser)]
@@ -33,6 +33,8 @@ enum Task {
     Demo(demo::Args),
     /// Run a scenario file and print truth beside verdict
     Scenario(scenario::Args),
+    /// Measure what watching costs the job's steps
+    Cost(cost::Args),
     /// Run every test, privileged ones included
     Test(testing::Args),
     /// Run the gates, then every test
@@ -70,6 +72,7 @@ fn run(task: Task) -> Result<()> {
         Task::BuildBpf { debug } => bpf::build(&paths, debug).map(drop),
         Task::Demo(args) => demo::run(&paths, &args),
         Task::Scenario(args) => scenario::run(&paths, &args),
+        Task::Cost(args) => cost::run(&paths, &args),
         Task::Test(args) => testing::run(&paths, args),
         Task::Ci => ci::run(&paths),
         Task::Package { test } => make_packages(&paths, test),

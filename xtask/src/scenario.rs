@@ -107,6 +107,7 @@ fn summarise(file: &Path, run: Run) -> Result<Outcome> {
         report,
         onset_to_verdict_ms,
         overhead,
+        ..
     } = run;
     let judgement = judge::judge(&truth, &report);
     let top = judge::accusations(&report).into_iter().next();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use xtask::lab::leftovers;
-use xtask::lab::process::{Child, inside};
+use xtask::lab::process::{Child, Namespace, inside};
 use xtask::lab::virtual_nodes::Ready;
 
 /// Whether this run may do privileged things; says so when not.
@@ -31,6 +31,7 @@ fn a_child_sees_its_own_network_and_the_machines_mounts() -> Result<()> {
             .success(),
         "no namespace"
     );
+    let namespace = Namespace::open(&name)?;
     let ready: Ready = serde_json::from_value(serde_json::json!({
         "nodes": [{"name": "n0", "netns": name, "cgroup": "/stallscope-test-absent", "nvml_library": "/l", "ip": "10.0.0.2"}],
         "collector": {"ip": "10.0.0.1"}
@@ -40,7 +41,7 @@ fn a_child_sees_its_own_network_and_the_machines_mounts() -> Result<()> {
     let script = "readlink /proc/self/ns/net; ip -o link | wc -l; ls /sys/kernel/tracing/events | head -1";
     let mut child = Child::start(
         "child",
-        inside(Some(&name), Path::new("sh")).args(["-c", script]),
+        inside(Some(&namespace), Path::new("sh")).args(["-c", script]),
         &log,
         false,
     )?;

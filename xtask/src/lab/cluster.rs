@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use super::certificates::{Authority, Identity};
-use super::process::{Child, inside};
+use super::process::{Child, Namespace, inside};
 use super::virtual_nodes::{Node, Ready, VirtualNodes};
 use super::{interrupt, leftovers};
 use crate::build::Programs;
@@ -32,12 +32,14 @@ pub struct Cluster {
     agents: Vec<Agent>,
     collector: Option<Child>,
     nodes: VirtualNodes,
+    management: Option<Namespace>,
     _lock: File,
 }
 
 /// An agent and the node it watches.
 pub struct Agent {
     node: Node,
+    namespace: Namespace,
     config: PathBuf,
     child: Option<Child>,
 }
@@ -83,6 +85,12 @@ impl Cluster {
             &dir.join("vnode.log"),
         )?;
         let ready = nodes.ready(Duration::from_secs(30))?;
+        let management = ready
+            .collector
+            .netns
+            .as_deref()
+            .map(Namespace::open)
+            .transpose()?;
         let authority = Authority::create(&dir.join("tls"))?;
         let operator = authority.issue("operator", &[])?;
         let mut cluster = Self {
@@ -94,6 +102,7 @@ impl Cluster {
             agents: Vec::new(),
             collector: None,
             nodes,
+            management,
             _lock: lock,
         };
         cluster.start_collector()?;
@@ -101,6 +110,7 @@ impl Cluster {
             for node in cluster.ready.nodes.clone() {
                 let config = cluster.write_config(&node)?;
                 cluster.agents.push(Agent {
+                    namespace: Namespace::open(&node.netns)?,
                     node,
                     config,
                     child: None,
@@ -142,7 +152,7 @@ impl Cluster {
     /// It cannot be started or ends at once.
     pub fn start_collector(&mut self) -> Result<()> {
         let identity = self.authority.issue(COLLECTOR, &[self.ready.collector.ip])?;
-        let mut command = inside(self.ready.collector.netns.as_deref(), &self.programs.stallscope);
+        let mut command = inside(self.management.as_ref(), &self.programs.stallscope);
         command
             .arg("collect")
             .args(["--listen", &self.collector_address().to_string()])
@@ -166,7 +176,7 @@ impl Cluster {
     /// It cannot be started or ends at once.
     pub fn start_agent(&mut self, index: usize) -> Result<()> {
         let agent = &mut self.agents[index];
-        let mut command = inside(Some(&agent.node.netns), &self.programs.stallscope);
+        let mut command = inside(Some(&agent.namespace), &self.programs.stallscope);
         command.arg("agent").arg("--config").arg(&agent.config);
         let log = self.dir.join(format!("agent-{}.log", agent.node.name));
         let mut child = Child::start(
@@ -212,7 +222,7 @@ impl Cluster {
     /// # Errors
     /// The collector gives none: it may have nothing yet.
     pub fn report(&self, format: &str) -> Result<String> {
-        let mut command = inside(self.ready.collector.netns.as_deref(), &self.programs.stallscope);
+        let mut command = inside(self.management.as_ref(), &self.programs.stallscope);
         command
             .arg("report")
             .args([

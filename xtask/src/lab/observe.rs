@@ -30,6 +30,8 @@ pub struct Run {
     pub report: Value,
     /// From the fault to the first live report with the right cause and place, ms; `None` when there was none.
     pub onset_to_verdict_ms: Option<u64>,
+    /// Mean length of a step between the first and the last that was told, ns; `None` when only one was.
+    pub mean_step_ns: Option<u64>,
     /// What the agents cost; `None` in a run without agents.
     pub overhead: Option<Overhead>,
 }
@@ -62,8 +64,8 @@ pub fn observe(
         cluster.check_running()?;
         match cluster.nodes().next_event(Duration::from_millis(200))? {
             Some(Event::Done { truth }) => break truth,
-            Some(Event::Progress { step }) => {
-                follow.step = step;
+            Some(Event::Progress { step, at_ns }) => {
+                follow.progressed(step, at_ns);
                 at_step(cluster, step)?;
             }
             Some(event) => follow.note(&event, progress),
@@ -100,6 +102,7 @@ fn finish(
     };
     Ok(Run {
         onset_to_verdict_ms: follow.onset_to_verdict_ms(&truth),
+        mean_step_ns: follow.mean_step_ns(),
         truth,
         report,
         overhead,
@@ -130,6 +133,8 @@ fn live_report(cluster: &Cluster) -> Result<Value> {
 #[derive(Debug, Default)]
 struct Follow {
     step: u64,
+    first_step: Option<(u64, u64)>,
+    last_step: Option<(u64, u64)>,
     onset_unix_ns: Option<u64>,
     fault: Option<String>,
     sightings: Vec<Sighting>,
@@ -148,6 +153,17 @@ impl Follow {
             }
             Event::Ready(_) | Event::Progress { .. } | Event::Done { .. } | Event::Other => {}
         }
+    }
+
+    fn progressed(&mut self, step: u64, at_ns: u64) {
+        self.step = step;
+        self.first_step.get_or_insert((step, at_ns));
+        self.last_step = Some((step, at_ns));
+    }
+
+    fn mean_step_ns(&self) -> Option<u64> {
+        let ((first, begin), (last, end)) = (self.first_step?, self.last_step?);
+        end.checked_sub(begin)?.checked_div(last.checked_sub(first)?)
     }
 
     /// A report that is not there yet is no error: the first steps take their time.
@@ -255,6 +271,17 @@ mod tests {
         assert_eq!(follow.onset_to_verdict_ms(&truth), Some(3_500));
         follow.sightings.truncate(2);
         assert_eq!(follow.onset_to_verdict_ms(&truth), None);
+    }
+
+    #[test]
+    fn steps_are_timed_from_first_to_last() {
+        let mut follow = Follow::default();
+        assert_eq!(follow.mean_step_ns(), None);
+        follow.progressed(3, 1_000);
+        assert_eq!(follow.mean_step_ns(), None);
+        follow.progressed(5, 1_500);
+        follow.progressed(13, 2_000);
+        assert_eq!(follow.mean_step_ns(), Some(100));
     }
 
     #[test]

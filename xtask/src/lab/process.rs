@@ -1,6 +1,7 @@
 //! Supervised child processes.
 
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -14,16 +15,37 @@ use crate::shell;
 /// How long a child may take to stop when asked.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// A network namespace, held open: it lives at least as long as this value, also when its name is taken away.
+#[derive(Debug)]
+pub struct Namespace(File);
+
+impl Namespace {
+    /// Opens a namespace by the name that `ip netns` gave it.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn open(name: &str) -> Result<Self> {
+        let path = Path::new("/run/netns").join(name);
+        File::open(&path)
+            .map(Self)
+            .with_context(|| format!("failed to open {}", path.display()))
+    }
+}
+
 /// A command that runs `program` inside a network namespace and dies with this process.
 ///
 /// Unlike `ip netns exec` this keeps the mounts: a fresh `/sys` would hide tracefs, bpffs and the control groups.
 #[must_use]
-pub fn inside(netns: Option<&str>, program: &Path) -> Command {
+pub fn inside(netns: Option<&Namespace>, program: &Path) -> Command {
     let mut command = match netns {
-        Some(name) => {
+        Some(Namespace(file)) => {
             let mut command = Command::new("nsenter");
             command
-                .arg(format!("--net=/run/netns/{name}"))
+                .arg(format!(
+                    "--net=/proc/{}/fd/{}",
+                    std::process::id(),
+                    file.as_raw_fd()
+                ))
                 .args(["--", "setpriv"]);
             command
         }

@@ -25,6 +25,8 @@ pub enum Event {
     Progress {
         /// Steps done.
         step: u64,
+        /// When, in `CLOCK_MONOTONIC` ns.
+        at_ns: u64,
     },
     /// A fault was switched.
     Fault {
@@ -207,7 +209,7 @@ mod tests {
         assert_eq!(read(r#"{"event":"started"}"#), Event::Started);
         assert_eq!(
             read(r#"{"event":"progress","step":3,"at_ns":17}"#),
-            Event::Progress { step: 3 }
+            Event::Progress { step: 3, at_ns: 17 }
         );
         assert_eq!(
             read(r#"{"event":"fault","name":"thermal","on":true,"at_unix_ns":5}"#),
