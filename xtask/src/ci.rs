@@ -34,7 +34,7 @@ pub fn run(paths: &Paths) -> Result<()> {
         )
     })?;
     gate("documentation", || documentation(paths))?;
-    gate("BPF build", || bpf::build(paths, false).map(drop))?;
+    gate("BPF build and verifier", || bpf::verifier::gate(paths, false))?;
     testing::run(
         paths,
         testing::Args {

@@ -29,6 +29,12 @@ enum Task {
         #[arg(long)]
         debug: bool,
     },
+    /// Let the kernel verify the eBPF programs and compare instruction counts with the checked-in table
+    BpfStats {
+        /// Renew the table
+        #[arg(long)]
+        write: bool,
+    },
     /// Run a job on virtual nodes with a fault, and print the report that names it
     Demo(demo::Args),
     /// Run a scenario file and print truth beside verdict
@@ -70,6 +76,7 @@ fn run(task: Task) -> Result<()> {
             },
         ),
         Task::BuildBpf { debug } => bpf::build(&paths, debug).map(drop),
+        Task::BpfStats { write } => bpf::verifier::gate(&paths, write),
         Task::Demo(args) => demo::run(&paths, &args),
         Task::Scenario(args) => scenario::run(&paths, &args),
         Task::Cost(args) => cost::run(&paths, &args),

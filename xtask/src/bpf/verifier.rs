@@ -5,20 +5,70 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::paths::{self, Paths};
+use crate::shell;
+
 /// Instructions walked, by program name.
-pub type Counts = BTreeMap<String, u64>;
+type Counts = BTreeMap<String, u64>;
 
 /// Growth over the table that passes without a new table, percent. Compilers move counts by a few percent.
 const TOLERANCE_PERCENT: u64 = 10;
 
-/// Compares what the kernel counted with the checked-in table.
+/// Loads the object and holds the counts against the table; with `write` renews the table instead.
 ///
 /// # Errors
-/// A program is missing from either side, or costs more than the tolerance allows.
-pub fn compare(table: &Counts, counted: &Counts) -> Result<()> {
+/// The kernel refused a program, or the counts differ.
+pub fn gate(paths: &Paths, write: bool) -> Result<()> {
+    let counted = count(paths, &super::build(paths, false)?)?;
+    let file = table_file(paths);
+    if write {
+        return fs::write(&file, render(&counted))
+            .with_context(|| format!("failed to write {}", file.display()));
+    }
+    compare(&read(&file)?, &counted)?;
+    eprintln!(
+        "bpf-stats: the kernel took {} programs; {} instructions the largest",
+        counted.len(),
+        largest(&counted)
+    );
+    Ok(())
+}
+
+fn table_file(paths: &Paths) -> PathBuf {
+    paths.root.join("ebpf/verifier-counts.txt")
+}
+
+fn largest(counts: &Counts) -> u64 {
+    counts.values().copied().max().unwrap_or(0)
+}
+
+fn count(paths: &Paths, object: &Path) -> Result<Counts> {
+    let text = shell::output(
+        Command::new(paths::cargo())
+            .current_dir(&paths.root)
+            .args([
+                "run",
+                "--quiet",
+                "--locked",
+                "--package",
+                "stallscope-e2e",
+                "--bin",
+                "verifier-counts",
+            ])
+            .env("STALLSCOPE_BPF_OBJECT", object),
+    )
+    .context("the programs were not loaded")?;
+    parse(&text)
+}
+
+/// Compares what the kernel counted with the checked-in table: no program may be missing from either side, or cost more
+/// than the tolerance allows.
+fn compare(table: &Counts, counted: &Counts) -> Result<()> {
     let mut complaints = Vec::new();
     for (program, &count) in counted {
         match table.get(program) {
@@ -45,10 +95,7 @@ pub fn compare(table: &Counts, counted: &Counts) -> Result<()> {
 }
 
 /// Reads the checked-in table.
-///
-/// # Errors
-/// The file is unreadable or a line is not `name count`.
-pub fn read(path: &std::path::Path) -> Result<Counts> {
+fn read(path: &Path) -> Result<Counts> {
     let text = fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))?;
     parse(&text).with_context(|| format!("{} is malformed", path.display()))
 }
@@ -69,8 +116,7 @@ fn parse(text: &str) -> Result<Counts> {
 }
 
 /// The table as it is checked in.
-#[must_use]
-pub fn render(counts: &Counts) -> String {
+fn render(counts: &Counts) -> String {
     let mut text = String::from(
         "# Instructions the kernel's verifier walked per program. `cargo xtask bpf-stats --write` renews this file.\n",
     );
