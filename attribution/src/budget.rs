@@ -125,6 +125,60 @@ impl Budget {
         }
     }
 
+    /// Moves time between leaves, by leaf; a change that does not sum to zero, or would make a leaf negative that
+    /// cannot be, is not made. Leaves in `measured` count as measured from now on, those that changed are as uncertain
+    /// as their whole class.
+    pub(crate) fn shift(&mut self, changes: &[i64; Leaf::COUNT], measured: u32) {
+        let mut leaves = self.leaves;
+        for (leaf, change) in leaves.iter_mut().zip(changes) {
+            *leaf += change;
+        }
+        let valid = |leaf: &Leaf| leaf.may_be_negative() || leaves[leaf.index()] >= 0;
+        if changes.iter().sum::<i64>() != 0 || !Leaf::ALL.iter().all(valid) {
+            return;
+        }
+        self.measured |= measured;
+        let before = core::mem::replace(&mut self.leaves, leaves);
+        for class in Class::ALL {
+            let of_class = |leaf: &Leaf| leaf.class() == class;
+            if Leaf::ALL
+                .iter()
+                .copied()
+                .filter(of_class)
+                .all(|leaf| changes[leaf.index()] == 0)
+            {
+                continue;
+            }
+            let mut slack = (0, 0);
+            self.intervals.retain(|interval| {
+                if of_class(&interval.leaf) {
+                    let point = before[interval.leaf.index()];
+                    slack = (
+                        slack.0 + point - interval.low_ns,
+                        slack.1 + interval.high_ns - point,
+                    );
+                }
+                !of_class(&interval.leaf)
+            });
+            for leaf in Leaf::ALL.iter().copied().filter(of_class) {
+                let ns = self.leaves[leaf.index()];
+                if slack != (0, 0) && (ns != 0 || changes[leaf.index()] != 0) {
+                    let low_ns = if leaf.may_be_negative() {
+                        ns - slack.0
+                    } else {
+                        (ns - slack.0).max(0)
+                    };
+                    self.intervals.push(LeafInterval {
+                        leaf,
+                        low_ns,
+                        high_ns: ns.saturating_add(slack.1),
+                    });
+                }
+            }
+        }
+        self.intervals.sort_by_key(|interval| interval.leaf);
+    }
+
     /// Length of the window in nanoseconds.
     #[must_use]
     pub const fn window_ns(&self) -> u64 {

@@ -1,6 +1,12 @@
 //! A job's ranks joined: roll-ups, blame, verdicts.
 
+mod align;
+mod blame;
+mod ledger;
+mod network;
+mod regimes;
 mod rollup;
+mod verdict;
 
 use crate::budget::Budget;
 use crate::cause::{Cause, Confidence, Place};

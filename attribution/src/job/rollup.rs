@@ -1,47 +1,123 @@
-//! Steps and spans summed to GPUs and jobs.
+//! Steps and spans summed to GPUs and jobs, with waiting moved to who caused it.
 
-use super::{GpuSummary, JobAnalysis, Tier};
+use std::collections::BTreeMap;
+
+use super::align;
+use super::ledger::{Ledger, ledgers};
+use super::network::Pressure;
+use super::verdict::{self, Case};
+use super::{Blame, GpuSummary, JobAnalysis, Tier, blame, regimes};
 use crate::budget::Budget;
-use crate::facts::{Activity, GpuHistory, JobFacts, StepMethod};
+use crate::budget::arith::mul_div;
+use crate::cause::Cause;
+use crate::facts::{Activity, GpuHistory, GpuSubject, JobFacts, PPM, StepMethod};
+use crate::leaf::Leaf;
 use crate::reading::Reading;
 use crate::time::Window;
 
 /// The whole answer for one job.
+///
+/// Ranks are joined by the ends of their steps; exposed communication beyond that of the last rank to arrive becomes
+/// `comm.skew` and is moved, conserving every nanosecond, to that rank and the leaf that kept it; causes are named per
+/// stretch of steps of one length, so that a fault in the last third of a run is not diluted by the rest.
 #[must_use]
 pub fn analyse(facts: &JobFacts) -> JobAnalysis {
-    let mut gpus: Vec<GpuSummary> = facts.gpus.iter().map(summary).collect();
-    gpus.sort_by(|a, b| a.subject.cmp(&b.subject));
+    let mut ranks: Vec<&GpuHistory> = facts.gpus.iter().collect();
+    ranks.sort_by(|a, b| {
+        let key = |gpu: &GpuSubject| (gpu.rank, gpu.node.clone(), gpu.gpu, gpu.pid);
+        key(&a.subject).cmp(&key(&b.subject))
+    });
+    let subjects: Vec<&GpuSubject> = ranks.iter().map(|history| &history.subject).collect();
+    let mut nodes: Vec<&str> = subjects.iter().map(|subject| subject.node.as_str()).collect();
+    nodes.sort_unstable();
+    nodes.dedup();
+
+    let steps = align::align(&ranks);
+    let regimes = regimes::find(&steps);
+    let skew = blame::skew(&steps, &regimes);
+    let ledgers = ledgers(&steps, &regimes, &skew, &facts.ports, nodes.len());
+    let gpus: Vec<GpuSummary> = ranks
+        .iter()
+        .enumerate()
+        .map(|(at, history)| summary(history, at, &ledgers))
+        .collect();
+    let totals: Vec<Budget> = gpus.iter().map(|gpu| gpu.total.clone()).collect();
+    let total_ns = totals
+        .iter()
+        .fold(0, |sum: u64, total| sum.saturating_add(total.window_ns()));
+    let ideal_ns = ideal(&totals);
+    let case = Case {
+        ranks: &ranks,
+        subjects: &subjects,
+        steps: &steps,
+        ledgers: &ledgers,
+        totals: &totals,
+        total_ns,
+        ideal_ns,
+    };
+    let verdicts = verdict::judge(&case);
+    let mut gaps = facts.gaps.clone();
+    gaps.extend(align::gaps(&ranks, &steps));
     JobAnalysis {
         job: facts.job.clone(),
         kind: facts.kind.clone(),
-        observed: observed(facts),
-        tier: Tier::Probes,
+        observed: observed(&ranks),
+        tier: tier(&ranks),
+        blame: blames(&subjects, &ledgers),
+        verdicts,
+        gaps,
+        mfu_ppm: ideal_ns
+            .filter(|_| total_ns > 0)
+            .map(|ideal| u32::try_from(mul_div(ideal, PPM, total_ns)).unwrap_or(u32::MAX)),
+        mfu_declared: ideal_ns.is_some() && declared(&ranks),
         gpus,
-        blame: Vec::new(),
-        verdicts: Vec::new(),
-        gaps: facts.gaps.clone(),
-        mfu_ppm: None,
-        mfu_declared: false,
     }
 }
 
-fn summary(history: &GpuHistory) -> GpuSummary {
+fn summary(history: &GpuHistory, at: usize, ledgers: &[Ledger]) -> GpuSummary {
     let steps = &history.steps;
     let budgets = steps
         .iter()
         .map(|step| &step.budget)
         .chain(history.spans.iter().map(|span| &span.budget));
-    let mut lengths: Vec<u64> = steps.iter().map(|step| step.window.len_ns()).collect();
-    lengths.sort_unstable();
+    let mut total = Budget::sum(budgets);
+    let mut moved = [0; Leaf::COUNT];
+    let mut measured = 0;
+    for rank in ledgers.iter().filter_map(|ledger| ledger.ranks.get(at)) {
+        for (sum, ns) in moved.iter_mut().zip(rank.resplit) {
+            *sum += ns;
+        }
+        measured |= rank.resplit_measured;
+    }
+    total.shift(&moved, measured);
     GpuSummary {
         subject: history.subject.clone(),
-        total: Budget::sum(budgets),
-        method: steps.last().map_or(StepMethod::FixedWindow, |step| step.method),
+        total,
+        method: typical(steps.iter().map(|step| step.method as u8)).map_or(
+            StepMethod::FixedWindow,
+            |method| {
+                steps
+                    .iter()
+                    .map(|step| step.method)
+                    .find(|other| *other as u8 == method)
+                    .unwrap_or(StepMethod::FixedWindow)
+            },
+        ),
         steps: steps.len() as u64,
-        period_calls: steps.last().map_or(0, |step| step.period_calls),
-        median_step_ns: lengths.get(lengths.len() / 2).copied().unwrap_or(0),
+        period_calls: typical(steps.iter().map(|step| step.period_calls)).unwrap_or(0),
+        median_step_ns: align::median(steps.iter().map(|step| step.window.len_ns()).collect()),
         activity: activity(history),
     }
+}
+
+/// The most frequent value.
+fn typical<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
+    let mut counts: BTreeMap<T, usize> = BTreeMap::new();
+    values.for_each(|value| *counts.entry(value).or_default() += 1);
+    counts
+        .into_iter()
+        .max_by_key(|(_, count)| *count)
+        .map(|(value, _)| value)
 }
 
 fn activity(history: &GpuHistory) -> Reading<Activity> {
@@ -53,6 +129,70 @@ fn activity(history: &GpuHistory) -> Reading<Activity> {
     )
 }
 
+/// The model's arithmetic, where any rank's is known.
+fn ideal(totals: &[Budget]) -> Option<u64> {
+    let known = || totals.iter().filter(|total| total.is_measured(Leaf::Ideal));
+    known().next()?;
+    Some(
+        known()
+            .map(|total| u64::try_from(total.leaf_ns(Leaf::Ideal)).unwrap_or(0))
+            .sum(),
+    )
+}
+
+/// Whether all known arithmetic was declared: an estimate from tensor activity carries an interval.
+fn declared(ranks: &[&GpuHistory]) -> bool {
+    ranks.iter().flat_map(|history| &history.steps).all(|step| {
+        !step.budget.is_measured(Leaf::Ideal)
+            || step
+                .budget
+                .intervals()
+                .iter()
+                .all(|interval| interval.leaf != Leaf::Ideal)
+    })
+}
+
+fn tier(ranks: &[&GpuHistory]) -> Tier {
+    let steps = || ranks.iter().flat_map(|history| &history.steps);
+    if steps().next().is_some() && steps().all(|step| step.budget.is_measured(Leaf::CommSkew)) {
+        Tier::Activity
+    } else if steps().any(|step| step.signals.activity.value().is_some()) {
+        Tier::ProbesAndCounters
+    } else {
+        Tier::Probes
+    }
+}
+
+/// Waiting by who caused it, largest first; sums to all `comm.skew`.
+fn blames(subjects: &[&GpuSubject], ledgers: &[Ledger]) -> Vec<Blame> {
+    let mut costs: BTreeMap<(usize, Leaf), (u64, Cause)> = BTreeMap::new();
+    for ledger in ledgers {
+        for (at, rank) in ledger.ranks.iter().enumerate() {
+            for leaf in Leaf::ALL.iter().filter(|leaf| rank.moved[leaf.index()] > 0) {
+                let cause = verdict::cause_of(*leaf, rank, Pressure::None).unwrap_or(Cause::Unknown);
+                let cost = costs.entry((at, *leaf)).or_insert((0, cause));
+                cost.0 += rank.moved[leaf.index()];
+            }
+        }
+    }
+    let mut blame: Vec<Blame> = costs
+        .into_iter()
+        .map(|((at, leaf), (cost_ns, cause))| Blame {
+            place: verdict::rank_place(subjects[at]),
+            leaf,
+            cause,
+            cost_ns,
+        })
+        .collect();
+    blame.sort_by(|a, b| {
+        b.cost_ns
+            .cmp(&a.cost_ns)
+            .then_with(|| a.place.cmp(&b.place))
+            .then(a.leaf.cmp(&b.leaf))
+    });
+    blame
+}
+
 /// A monotonic window in `CLOCK_REALTIME`.
 pub(super) fn realtime(window: Window, offset_ns: i64) -> Window {
     Window::new(
@@ -62,8 +202,8 @@ pub(super) fn realtime(window: Window, offset_ns: i64) -> Window {
     .unwrap_or_default()
 }
 
-fn observed(facts: &JobFacts) -> Option<Window> {
-    let windows = facts.gpus.iter().flat_map(|gpu| {
+fn observed(ranks: &[&GpuHistory]) -> Option<Window> {
+    let windows = ranks.iter().flat_map(|gpu| {
         let steps = gpu
             .steps
             .iter()

@@ -1,0 +1,274 @@
+//! What a regime cost each rank, re-split now that all ranks are known, and the facts that name it.
+
+use core::ops::Range;
+
+use super::align::{AlignedStep, ByLeaf, Cell, class_ns, median};
+use super::blame::Skew;
+use super::network::{self, PortLoad, Pressure};
+use crate::budget::arith::{mul_div, signed};
+use crate::facts::{PPM, PortFacts};
+use crate::leaf::{Class, Leaf};
+use crate::time::Window;
+
+/// One rank over one regime.
+#[derive(Debug, Clone, Default)]
+pub(super) struct RankLedger {
+    pub(super) steps: u64,
+    /// Steps and the spans between them, ns.
+    pub(super) window_ns: u64,
+    /// Where it went, waiting and slow network told apart.
+    pub(super) leaves: ByLeaf,
+    /// What re-splitting added to each communication leaf; sums to zero.
+    pub(super) resplit: ByLeaf,
+    /// Communication leaves that re-splitting measured, one bit each.
+    pub(super) resplit_measured: u32,
+    /// Waiting of others that was moved here, by what kept this rank.
+    pub(super) moved: [u64; Leaf::COUNT],
+    /// Steps in which it was last.
+    pub(super) last: u64,
+    pub(super) throttled_ns: Option<u64>,
+    pub(super) worker_cpu_ns: u64,
+    pub(super) worker_io_ns: u64,
+    pub(super) on_cpu_ns: u64,
+    pub(super) runnable_ns: u64,
+    pub(super) sync_ns: u64,
+    pub(super) launches: u64,
+    pub(super) comm_bytes: u64,
+    pub(super) sm_mhz: Option<u64>,
+    pub(super) reference_mhz: Option<u32>,
+    pub(super) thermal_ns: u64,
+    pub(super) power_ns: u64,
+    pub(super) temperature_c: u32,
+    pub(super) foreign_ppm: u32,
+    pub(super) foreign_processes: u32,
+    pub(super) foreign_pid: u32,
+    pub(super) lost_records: u64,
+    /// Steps with device activity.
+    pub(super) with_activity: u64,
+}
+
+impl RankLedger {
+    pub(super) fn share_ppm(&self, ns: u64) -> u64 {
+        mul_div(ns, PPM, self.window_ns)
+    }
+
+    pub(super) fn leaf(&self, leaf: Leaf) -> u64 {
+        u64::try_from(self.leaves[leaf.index()]).unwrap_or(0)
+    }
+
+    /// Throttled by its quota, share of the time in parts per million; several CPUs may be throttled at once.
+    pub(super) fn throttled_ppm(&self) -> u64 {
+        self.share_ppm(self.throttled_ns.unwrap_or(0))
+    }
+
+    fn add(&mut self, cell: &Cell<'_>) {
+        let signals = &cell.step.signals;
+        self.steps += 1;
+        self.window_ns = self.window_ns.saturating_add(cell.window_ns);
+        for (sum, ns) in self.leaves.iter_mut().zip(cell.leaves) {
+            *sum = sum.saturating_add(ns);
+        }
+        if let Some(ns) = signals.quota_throttled_ns.value() {
+            self.throttled_ns = Some(self.throttled_ns.unwrap_or(0).saturating_add(*ns));
+        }
+        for (sum, ns) in [
+            (&mut self.worker_cpu_ns, signals.worker_cpu_ns),
+            (&mut self.worker_io_ns, signals.worker_io_ns),
+            (&mut self.on_cpu_ns, signals.host_on_cpu_ns),
+            (&mut self.runnable_ns, signals.host_runnable_ns),
+            (&mut self.sync_ns, signals.host_sync_ns),
+            (&mut self.launches, signals.launches),
+            (&mut self.comm_bytes, signals.comm_bytes),
+            (&mut self.lost_records, signals.lost_records),
+        ] {
+            *sum = sum.saturating_add(ns);
+        }
+        self.reference_mhz = signals.reference_sm_mhz.or(self.reference_mhz);
+        if let Some(clock) = signals.clock.value() {
+            self.thermal_ns = self.thermal_ns.saturating_add(clock.thermal_ns);
+            self.power_ns = self.power_ns.saturating_add(clock.power_ns);
+            self.temperature_c = self.temperature_c.max(clock.temperature_c);
+        }
+        self.with_activity += u64::from(signals.activity.value().is_some());
+    }
+
+    /// Facts whose typical value counts: a sample that straddles the regime's edge must not move them.
+    fn add_typical<'a>(&mut self, cells: impl Iterator<Item = &'a Cell<'a>> + Clone) {
+        let mhz = cells
+            .clone()
+            .filter_map(|cell| cell.step.signals.clock.value())
+            .map(|clock| clock.sm_mhz);
+        let mhz: Vec<u64> = mhz.filter(|mhz| *mhz > 0).map(u64::from).collect();
+        self.sm_mhz = (!mhz.is_empty()).then(|| median(mhz));
+        let foreign: Vec<_> = cells
+            .filter_map(|cell| cell.step.signals.foreign.value().copied())
+            .collect();
+        self.foreign_ppm = median(
+            foreign
+                .iter()
+                .map(|load| load.sm_ppm * load.processes.min(1))
+                .collect(),
+        );
+        self.foreign_processes = median(foreign.iter().map(|load| load.processes).collect());
+        self.foreign_pid = foreign
+            .iter()
+            .rev()
+            .map(|load| load.largest_pid)
+            .find(|pid| *pid != 0)
+            .unwrap_or(0);
+    }
+}
+
+/// One regime.
+#[derive(Debug, Clone)]
+pub(super) struct Ledger {
+    pub(super) steps: Range<usize>,
+    /// `CLOCK_REALTIME`.
+    pub(super) window: Window,
+    pub(super) median_step_ns: u64,
+    /// GPU time, ns.
+    pub(super) total_ns: u64,
+    pub(super) ranks: Vec<RankLedger>,
+    pub(super) ports: Vec<PortLoad>,
+    pub(super) pressure: Pressure,
+    /// Position of a healthier regime to compare with.
+    pub(super) baseline: Option<usize>,
+}
+
+impl Ledger {
+    /// Parts per million of the regime's GPU time.
+    pub(super) fn share_ppm(&self, ns: u64) -> u64 {
+        mul_div(ns, PPM, self.total_ns)
+    }
+}
+
+/// A regime is compared with one whose steps are shorter by this many parts per million of it.
+const HEALTHIER_PPM: u64 = 90_000;
+
+/// The ledgers of all regimes, communication split into waiting, transfer, slow network and the rest.
+pub(super) fn ledgers(
+    steps: &[AlignedStep<'_>],
+    regimes: &[Range<usize>],
+    skew: &Skew,
+    ports: &[PortFacts],
+    nodes: usize,
+) -> Vec<Ledger> {
+    let mut ledgers: Vec<Ledger> = regimes
+        .iter()
+        .map(|regime| collect(steps, regime.clone(), skew, ports))
+        .collect();
+    let best = (0..ledgers.len()).min_by_key(|at| (ledgers[*at].median_step_ns, *at));
+    for at in 0..ledgers.len() {
+        ledgers[at].baseline = best.filter(|best| {
+            let (own, base) = (ledgers[at].median_step_ns, ledgers[*best].median_step_ns);
+            *best != at && own - base >= mul_div(base, HEALTHIER_PPM, PPM)
+        });
+        let before = ledgers[at].baseline.map(|best| ledgers[best].ports.clone());
+        ledgers[at].pressure = network::pressure(&ledgers[at].ports, before.as_deref());
+    }
+    // Healthy regimes first: the others take them as reference.
+    let mut order: Vec<usize> = (0..ledgers.len()).collect();
+    order.sort_by_key(|at| ledgers[*at].baseline.is_some());
+    for at in order {
+        let base = ledgers[at].baseline.map(|base| ledgers[base].ranks.clone());
+        resplit(&mut ledgers[at], base.as_deref(), nodes);
+    }
+    ledgers
+}
+
+fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: &[PortFacts]) -> Ledger {
+    let part = &steps[regime.clone()];
+    let count = part.first().map_or(0, |step| step.cells.len());
+    let mut ranks = vec![RankLedger::default(); count];
+    for (rank, ledger) in ranks.iter_mut().enumerate() {
+        let cells = part.iter().filter_map(|step| step.cells[rank].as_ref());
+        cells.clone().for_each(|cell| ledger.add(cell));
+        ledger.add_typical(cells);
+        ledger.last = skew.last[regime.clone()]
+            .iter()
+            .filter(|last| **last == Some(rank))
+            .count() as u64;
+        let waited: u64 = skew.waited[regime.clone()]
+            .iter()
+            .map(|waited| waited[rank])
+            .sum();
+        let given = ledger.leaves[Leaf::CommSkew.index()];
+        shift_comm(ledger, Leaf::CommSkew, signed(waited) - given);
+        let measured = part
+            .iter()
+            .filter_map(|step| step.cells[rank].as_ref())
+            .any(|cell| {
+                cell.step.budget.is_measured(Leaf::CommProto) || cell.step.budget.is_measured(Leaf::CommSkew)
+            });
+        if measured && count > 1 {
+            ledger.resplit_measured |= 1 << Leaf::CommSkew.index();
+        }
+    }
+    for moved in skew.moves.iter().filter(|moved| regime.contains(&moved.at)) {
+        ranks[moved.culprit].moved[moved.leaf.index()] += moved.ns;
+    }
+    let start = part.first().map_or(0, |step| step.window.start_ns());
+    let end = part.last().map_or(start, |step| step.window.end_ns());
+    let window = Window::new(start, end).unwrap_or_default();
+    Ledger {
+        median_step_ns: median(part.iter().map(AlignedStep::step_ns).collect()),
+        total_ns: ranks.iter().map(|rank| rank.window_ns).sum(),
+        ports: network::loads(ports, window),
+        steps: regime,
+        window,
+        ranks,
+        pressure: Pressure::None,
+        baseline: None,
+    }
+}
+
+/// Splits what is left after waiting: what the bytes need at the line rate, what a slow network added, the rest.
+fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
+    let line = ledger
+        .ports
+        .iter()
+        .filter_map(|port| port.line_bytes_per_s)
+        .min()
+        .filter(|_| nodes > 1);
+    let slow = ledger.pressure != Pressure::None;
+    let ranks = ledger.ranks.len() as u64;
+    for (at, rank) in ledger.ranks.iter_mut().enumerate() {
+        let rest = u64::try_from(class_ns(&rank.leaves, Class::Comm))
+            .unwrap_or(0)
+            .saturating_sub(rank.leaf(Leaf::CommSkew));
+        let known = rank.leaf(Leaf::CommTransfer);
+        let needed = line.map_or(known, |line| {
+            let moved = mul_div(rank.comm_bytes, 2 * ranks.saturating_sub(1), ranks.max(1));
+            mul_div(moved, 1_000_000_000, line).max(known)
+        });
+        let transfer = needed.min(rest);
+        let normal = base.and_then(|base| base.get(at)).map_or(0, |base| {
+            let own = u64::try_from(class_ns(&base.leaves, Class::Comm)).unwrap_or(0);
+            mul_div(
+                own.saturating_sub(base.leaf(Leaf::CommSkew)),
+                rank.steps,
+                base.steps.max(1),
+            )
+        });
+        let net = if slow {
+            rest.saturating_sub(transfer.max(normal))
+        } else {
+            0
+        };
+        let given = rank.leaves;
+        shift_comm(
+            rank,
+            Leaf::CommTransfer,
+            signed(transfer) - given[Leaf::CommTransfer.index()],
+        );
+        shift_comm(rank, Leaf::CommNet, signed(net) - given[Leaf::CommNet.index()]);
+    }
+}
+
+/// Moves communication between its residual and another of its leaves.
+fn shift_comm(rank: &mut RankLedger, leaf: Leaf, ns: i64) {
+    for (leaf, ns) in [(leaf, ns), (Leaf::CommProto, -ns)] {
+        rank.leaves[leaf.index()] += ns;
+        rank.resplit[leaf.index()] += ns;
+    }
+}

@@ -1,0 +1,216 @@
+//! Whether the network held the collectives back, and where.
+//!
+//! A queue that builds up in a node's own port while flows have data to send is that node's transmit side. Flows
+//! that are busy while no local queue holds them are waiting for the fabric. A rank that arrives late leaves no such
+//! trace: its peers' flows have nothing to send.
+
+use super::rollup::realtime;
+use crate::budget::arith::mul_div;
+use crate::facts::{PPM, PortFacts};
+use crate::time::Window;
+
+/// A port that held packets back in this share of its windows is under pressure, parts per million.
+const HELD_PPM: u64 = 250_000;
+/// One port stands out when its pressure is this many times the others'.
+const STANDS_OUT: u64 = 2;
+/// Flows that had data to send for this share of the time kept the fabric busy, parts per million.
+const BUSY_PPM: u64 = 350_000;
+/// Share of the busy time in which the receiver, not the network, was the limit, parts per million.
+const RECEIVER_PPM: u64 = 500_000;
+
+/// One port over a stretch of time.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct PortLoad {
+    pub(super) node: String,
+    pub(super) port: String,
+    pub(super) windows: u64,
+    /// Windows in which the port's own queue held packets back.
+    pub(super) held_windows: u64,
+    pub(super) backlog_bytes: u64,
+    pub(super) overlimits: u64,
+    /// Time of the busiest flow with data to send, ns.
+    pub(super) busy_ns: u64,
+    /// Of that, limited by the receiver, ns.
+    pub(super) receiver_limited_ns: u64,
+    pub(super) unsent_bytes: u64,
+    pub(super) retransmits: u64,
+    pub(super) sent_bytes: u64,
+    pub(super) window_ns: u64,
+    pub(super) line_bytes_per_s: Option<u64>,
+}
+
+impl PortLoad {
+    pub(super) fn held_ppm(&self) -> u64 {
+        mul_div(PPM, self.held_windows, self.windows)
+    }
+
+    pub(super) fn busy_ppm(&self) -> u64 {
+        mul_div(self.busy_ns, PPM, self.window_ns)
+    }
+
+    pub(super) fn sent_bytes_per_s(&self) -> u64 {
+        mul_div(self.sent_bytes, 1_000_000_000, self.window_ns)
+    }
+
+    fn add(&mut self, facts: &PortFacts) {
+        let backlog = facts.backlog_bytes.value().copied().unwrap_or(0);
+        let overlimits = facts.queue_overlimits.value().copied().unwrap_or(0);
+        self.windows += 1;
+        self.held_windows += u64::from(backlog > 0 || overlimits > 0);
+        self.backlog_bytes = self.backlog_bytes.max(backlog);
+        self.overlimits = self.overlimits.saturating_add(overlimits);
+        if let Some(busiest) = facts.flows.iter().max_by_key(|flow| flow.busy_ns) {
+            self.busy_ns = self
+                .busy_ns
+                .saturating_add(busiest.busy_ns.min(facts.window.len_ns()));
+            self.receiver_limited_ns = self
+                .receiver_limited_ns
+                .saturating_add(busiest.receiver_limited_ns);
+        }
+        for flow in &facts.flows {
+            self.unsent_bytes = self.unsent_bytes.max(flow.unsent_bytes);
+            self.retransmits = self.retransmits.saturating_add(flow.retransmits);
+        }
+        self.sent_bytes = self.sent_bytes.saturating_add(facts.sent_bytes);
+        self.window_ns = self.window_ns.saturating_add(facts.window.len_ns());
+        if let Some(line) = facts.line_bytes_per_s.value().filter(|line| **line > 0) {
+            self.line_bytes_per_s = Some(self.line_bytes_per_s.map_or(*line, |other| other.min(*line)));
+        }
+    }
+}
+
+/// Where the network is slow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pressure {
+    /// Transmit side of one port, by its position in the loads.
+    Port(usize),
+    /// Between the ports.
+    Fabric,
+    /// Nowhere.
+    None,
+}
+
+/// The ports' loads within a stretch of `CLOCK_REALTIME`: windows count where their middle lies in it.
+pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
+    let mut loads: Vec<PortLoad> = Vec::new();
+    for facts in ports {
+        let window = realtime(facts.window, facts.realtime_offset_ns);
+        let middle = window.start_ns() + window.len_ns() / 2;
+        if middle < within.start_ns() || middle >= within.end_ns() {
+            continue;
+        }
+        let at = loads
+            .iter()
+            .position(|load| load.node == facts.node && load.port == facts.port);
+        let at = at.unwrap_or_else(|| {
+            loads.push(PortLoad {
+                node: facts.node.clone(),
+                port: facts.port.clone(),
+                ..PortLoad::default()
+            });
+            loads.len() - 1
+        });
+        loads[at].add(facts);
+    }
+    loads.sort_by(|a, b| (&a.node, &a.port).cmp(&(&b.node, &b.port)));
+    loads
+}
+
+/// Where the network held data back in a regime; `before` are the loads of a healthy one, if there is one.
+pub(super) fn pressure(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Pressure {
+    let normal = |load: &PortLoad| {
+        before
+            .and_then(|before| {
+                before
+                    .iter()
+                    .find(|other| other.node == load.node && other.port == load.port)
+            })
+            .map_or((0, 0, 0), |other| {
+                (other.held_ppm(), other.backlog_bytes, other.busy_ppm())
+            })
+    };
+    let held: Vec<u64> = loads
+        .iter()
+        .map(|load| load.held_ppm().saturating_sub(normal(load).0))
+        .collect();
+    if let Some(at) = standing_out(loads, &held, HELD_PPM) {
+        return Pressure::Port(at);
+    }
+    // Shaped ports hold packets back all the time: then the depth of the queue tells them apart.
+    if loads.iter().any(|load| load.held_ppm() >= HELD_PPM) {
+        let depth: Vec<u64> = loads
+            .iter()
+            .map(|load| load.backlog_bytes.max(load.unsent_bytes))
+            .collect();
+        let deeper = |at: &usize| depth[*at] / STANDS_OUT >= normal(&loads[*at]).1;
+        if let Some(at) = standing_out(loads, &depth, 1).filter(deeper) {
+            return Pressure::Port(at);
+        }
+    }
+    let busy = loads.iter().any(|load| {
+        let more = load.busy_ppm() >= BUSY_PPM && load.busy_ppm() * 2 >= normal(load).2 * 3;
+        more && mul_div(load.receiver_limited_ns, PPM, load.busy_ns.max(1)) < RECEIVER_PPM
+    });
+    let local = held.iter().any(|held| *held >= HELD_PPM);
+    if busy || local {
+        Pressure::Fabric
+    } else {
+        Pressure::None
+    }
+}
+
+/// The one load whose value is at least `least` and stands out from every other node's.
+fn standing_out(loads: &[PortLoad], values: &[u64], least: u64) -> Option<usize> {
+    let top = (0..loads.len()).max_by_key(|at| values[*at])?;
+    let others = (0..loads.len())
+        .filter(|at| loads[*at].node != loads[top].node)
+        .map(|at| values[at])
+        .max();
+    let alone = others.is_none_or(|other| values[top] >= other.saturating_mul(STANDS_OUT));
+    (values[top] >= least && alone && others.is_some()).then_some(top)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(node: &str, held: u64, busy_ppm: u64, backlog_bytes: u64) -> PortLoad {
+        PortLoad {
+            node: node.into(),
+            port: "eth0".into(),
+            windows: 100,
+            held_windows: held,
+            backlog_bytes,
+            busy_ns: busy_ppm * 1000,
+            window_ns: 1_000_000_000,
+            ..PortLoad::default()
+        }
+    }
+
+    #[test]
+    fn the_one_port_that_holds_packets_back_is_named() {
+        let loads = [load("a", 2, 100_000, 0), load("b", 80, 600_000, 90_000)];
+        assert_eq!(pressure(&loads, None), Pressure::Port(1));
+    }
+
+    #[test]
+    fn shaped_ports_are_told_apart_by_their_queues() {
+        let before = [load("a", 90, 100_000, 10_000), load("b", 90, 100_000, 10_000)];
+        let loads = [load("a", 90, 100_000, 12_000), load("b", 95, 500_000, 200_000)];
+        assert_eq!(pressure(&loads, Some(&before)), Pressure::Port(1));
+        assert_eq!(pressure(&before, Some(&before)), Pressure::None);
+    }
+
+    #[test]
+    fn busy_flows_without_a_local_queue_wait_for_the_fabric() {
+        let loads = [load("a", 0, 500_000, 0), load("b", 0, 550_000, 0)];
+        assert_eq!(pressure(&loads, None), Pressure::Fabric);
+    }
+
+    #[test]
+    fn a_quiet_network_is_not_blamed() {
+        let loads = [load("a", 1, 120_000, 0), load("b", 0, 100_000, 0)];
+        assert_eq!(pressure(&loads, None), Pressure::None);
+        assert_eq!(pressure(&[], None), Pressure::None);
+    }
+}

@@ -1,0 +1,200 @@
+//! Stretches of steps of one length: where a fault begins and ends.
+//!
+//! The segmentation with the least absolute deviation from the medians, each cut verified: the medians differ by more
+//! than a tenth and the steps of each side lie on its own side of the middle. Single slow steps cut nothing.
+
+use core::ops::Range;
+
+use super::align::{AlignedStep, median};
+
+/// Least difference of medians, parts per million of the smaller.
+const DIFFERENCE_PPM: u64 = 100_000;
+/// Share of steps that must lie on their side's half, percent.
+const SEPARATED_PERCENT: usize = 75;
+/// A side has at least this many steps, or lasts this long.
+const LEAST_STEPS: usize = 10;
+const LEAST_NS: u64 = 3_000_000_000;
+/// Fewest steps of a side, however long they are.
+const FEWEST_STEPS: usize = 4;
+/// Points the search works on; longer histories are folded by medians.
+const POINTS: usize = 240;
+
+/// The regimes, in order; they cover all steps.
+pub(super) fn find(steps: &[AlignedStep<'_>]) -> Vec<Range<usize>> {
+    split(&steps.iter().map(AlignedStep::step_ns).collect::<Vec<_>>())
+}
+
+/// As [`find`], from lengths of steps in ns.
+fn split(lengths: &[u64]) -> Vec<Range<usize>> {
+    if lengths.is_empty() {
+        return Vec::new();
+    }
+    let stride = lengths.len().div_ceil(POINTS);
+    let points: Vec<u64> = lengths
+        .chunks(stride)
+        .map(|chunk| median(chunk.to_vec()))
+        .collect();
+    let mut cuts = segment(&points, side_points(&points, stride));
+    // A cut that does not stand up goes, the weakest first: its sides may make a neighbour's cut fail or stand.
+    while let Some(weakest) = (1..cuts.len() - 1)
+        .filter(|at| !verified(&points[cuts[at - 1]..cuts[*at]], &points[cuts[*at]..cuts[at + 1]]))
+        .min_by_key(|at| step_between(&points[cuts[at - 1]..cuts[*at]], &points[cuts[*at]..cuts[at + 1]]))
+    {
+        cuts.remove(weakest);
+    }
+    let at = |cut: usize| {
+        if cut == points.len() {
+            lengths.len()
+        } else {
+            cut * stride
+        }
+    };
+    cuts.windows(2).map(|ends| at(ends[0])..at(ends[1])).collect()
+}
+
+/// The segmentation with the least sum of deviations plus a price per segment, by dynamic programming; as cuts, both
+/// ends included. Sides are at least `least` points long.
+fn segment(points: &[u64], least: usize) -> Vec<usize> {
+    let count = points.len();
+    // Half of what the smallest change worth finding saves over the shortest side.
+    let price = median(points.to_vec()).saturating_mul(least as u64) * (DIFFERENCE_PPM / 2) / 1_000_000;
+    let mut best: Vec<(u64, usize)> = vec![(u64::MAX, 0); count + 1];
+    best[0] = (0, 0);
+    for start in 0..count {
+        let so_far = best[start].0;
+        if so_far == u64::MAX {
+            continue;
+        }
+        let mut sorted: Vec<u64> = Vec::with_capacity(count - start);
+        for end in start + 1..=count {
+            let value = points[end - 1];
+            sorted.insert(sorted.partition_point(|other| *other < value), value);
+            // Of sorted values, the deviation from the median is the upper half less the lower.
+            let (lower, upper) = sorted.split_at(sorted.len() / 2);
+            if sorted.len() < least || (count - end < least && end != count) {
+                continue;
+            }
+            let upper = &upper[sorted.len() % 2..];
+            let deviation = upper.iter().sum::<u64>() - lower.iter().sum::<u64>();
+            let total = so_far.saturating_add(deviation).saturating_add(price);
+            if total < best[end].0 {
+                best[end] = (total, start);
+            }
+        }
+    }
+    let mut cuts = vec![count];
+    // A history shorter than one side has no way to its end but as a whole.
+    let mut at = if best[count].0 == u64::MAX {
+        0
+    } else {
+        best[count].1
+    };
+    while at > 0 {
+        cuts.push(at);
+        at = best[at].1;
+    }
+    cuts.push(0);
+    cuts.reverse();
+    cuts
+}
+
+fn step_between(before: &[u64], after: &[u64]) -> u64 {
+    median(before.to_vec()).abs_diff(median(after.to_vec()))
+}
+
+/// Fewest points of a side.
+fn side_points(part: &[u64], stride: usize) -> usize {
+    let typical = median(part.to_vec()).max(1);
+    let steps = usize::try_from(LEAST_NS.div_ceil(typical)).unwrap_or(LEAST_STEPS);
+    steps.clamp(FEWEST_STEPS, LEAST_STEPS).div_ceil(stride).max(2)
+}
+
+fn verified(before: &[u64], after: &[u64]) -> bool {
+    let (left, right) = (median(before.to_vec()), median(after.to_vec()));
+    let smaller = left.min(right);
+    if u128::from(left.abs_diff(right)) * 1_000_000 < u128::from(smaller) * u128::from(DIFFERENCE_PPM) {
+        return false;
+    }
+    let middle = smaller + left.abs_diff(right) / 2;
+    let own_side = |part: &[u64], high: bool| {
+        let count = part.iter().filter(|value| (**value > middle) == high).count();
+        count * 100 >= part.len() * SEPARATED_PERCENT
+    };
+    own_side(before, left > right) && own_side(after, right > left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    /// Deterministic noise of up to `spread` parts in a thousand.
+    fn noisy(base_ms: u64, count: usize, spread: u64, seed: u64) -> Vec<u64> {
+        (0..count as u64)
+            .map(|at| {
+                let hash = (at + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+                base_ms * MS * (1000 + hash % (2 * spread + 1) - spread) / 1000
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_steady_job_is_one_regime() {
+        assert_eq!(split(&noisy(400, 200, 60, 1)), vec![0..200]);
+        assert!(split(&[]).is_empty());
+    }
+
+    #[test]
+    fn onset_and_end_are_found_to_the_step() {
+        let lengths = [
+            noisy(400, 30, 40, 1),
+            noisy(560, 40, 40, 2),
+            noisy(400, 20, 40, 3),
+        ]
+        .concat();
+        assert_eq!(split(&lengths), vec![0..30, 30..70, 70..90]);
+    }
+
+    #[test]
+    fn a_fault_in_the_middle_third_is_found() {
+        let lengths = [
+            noisy(400, 40, 40, 1),
+            noisy(560, 55, 40, 2),
+            noisy(400, 55, 40, 3),
+        ]
+        .concat();
+        assert_eq!(split(&lengths), vec![0..40, 40..95, 95..150]);
+    }
+
+    #[test]
+    fn a_few_steps_are_one_regime() {
+        assert_eq!(split(&[400 * MS]), vec![0..1]);
+        assert_eq!(split(&noisy(400, 7, 300, 1)), vec![0..7]);
+    }
+
+    #[test]
+    fn single_slow_steps_split_nothing() {
+        let mut lengths = noisy(400, 90, 40, 1);
+        for slow in [8, 30, 31, 77] {
+            lengths[slow] *= 4;
+        }
+        assert_eq!(split(&lengths), vec![0..90]);
+    }
+
+    #[test]
+    fn a_change_below_a_tenth_is_noise() {
+        assert_eq!(
+            split(&[noisy(400, 40, 10, 1), noisy(430, 40, 10, 2)].concat()),
+            vec![0..80]
+        );
+    }
+
+    #[test]
+    fn a_long_history_is_folded_and_still_split() {
+        let lengths = [noisy(400, 5000, 40, 1), noisy(600, 5000, 40, 2)].concat();
+        let regimes = split(&lengths);
+        assert_eq!(regimes.len(), 2);
+        assert!(regimes[0].end.abs_diff(5000) <= 50, "{regimes:?}");
+    }
+}

@@ -1,0 +1,209 @@
+//! Which costs are causes, which are their consequences, and which are too small to name.
+
+use std::collections::BTreeMap;
+
+use super::costs::{Cost, THROTTLED_PPM};
+use crate::budget::arith::mul_div;
+use crate::cause::Cause;
+use crate::facts::PPM;
+use crate::job::ledger::Ledger;
+use crate::job::network::Pressure;
+
+/// Launches per step above the healthy regime's by this much mean that there is more to launch, parts per million.
+const MORE_LAUNCHES_PPM: u64 = 1_400_000;
+/// Work of the host that costs this share by itself may keep other threads waiting, parts per million.
+const BURDEN_PPM: u64 = 60_000;
+/// A further cause costs at least this share of the first, percent.
+const BESIDE_PERCENT: u64 = 35;
+/// A rank is the culprit when it was last in at least this share of the steps that had a last rank, percent.
+pub(super) const PERSISTENT_PERCENT: u64 = 60;
+
+/// Least share of a regime's GPU time that makes a cost a cause, parts per million.
+///
+/// Facts of the device (a clock reason, another process) stand by themselves and need less; what is inferred from
+/// averages, or happens on every busy host, needs more.
+fn least_ppm(cause: Cause, ledger: &Ledger) -> u64 {
+    let throttled = ledger
+        .ranks
+        .iter()
+        .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM);
+    match cause {
+        Cause::DeviceThermal | Cause::DeviceContention => 40_000,
+        Cause::HostCpu if throttled => 50_000,
+        Cause::HostGc | Cause::HostAlloc | Cause::NetworkNic => 60_000,
+        Cause::DataLoader | Cause::DataStorage | Cause::DevicePowerCap | Cause::NetworkFabric => 70_000,
+        Cause::HostLaunch | Cause::HostSync | Cause::HostCompile | Cause::DataCopy | Cause::DevicePcie => {
+            90_000
+        }
+        _ => 120_000,
+    }
+}
+
+/// A cost that is large enough, or the reason why it is none.
+#[derive(Debug, Clone)]
+pub(super) struct Candidate {
+    pub(super) cause: Cause,
+    pub(super) cost: Cost,
+}
+
+/// What the rules decided in one regime.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Decision {
+    /// Causes, largest first.
+    pub(super) causes: Vec<Candidate>,
+    /// Costs that are not causes, with the reason.
+    pub(super) dropped: Vec<(Cause, String)>,
+}
+
+/// Applies the rules to the costs of one regime.
+pub(super) fn decide(ledger: &Ledger, base: Option<&Ledger>, mut costs: BTreeMap<Cause, Cost>) -> Decision {
+    costs.remove(&Cause::JobCheckpoint);
+    let mut decision = Decision::default();
+    join_host(ledger, base, &mut costs, &mut decision);
+    let mut causes: Vec<Candidate> = costs
+        .into_iter()
+        .map(|(cause, cost)| Candidate { cause, cost })
+        .collect();
+    causes.sort_by(|a, b| b.cost.total().cmp(&a.cost.total()).then(a.cause.cmp(&b.cause)));
+    for candidate in causes {
+        match objection(&candidate, &decision.causes, ledger) {
+            None => decision.causes.push(candidate),
+            Some(why) => decision.dropped.push((candidate.cause, why)),
+        }
+    }
+    decision
+}
+
+/// Threads that all want to run at once keep each other waiting. Without a quota, run-queue delay beside launching or
+/// loading is the price of that work, not a cause of its own.
+fn join_host(
+    ledger: &Ledger,
+    base: Option<&Ledger>,
+    costs: &mut BTreeMap<Cause, Cost>,
+    decision: &mut Decision,
+) {
+    if ledger
+        .ranks
+        .iter()
+        .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM)
+    {
+        return;
+    }
+    let total = |costs: &BTreeMap<Cause, Cost>, cause| costs.get(&cause).map_or(0, Cost::total);
+    let delay = total(costs, Cause::HostCpu);
+    let launch = total(costs, Cause::HostLaunch);
+    let loader = total(costs, Cause::DataLoader);
+    if delay == 0 {
+        return;
+    }
+    let more_launches = base.is_some_and(|base| {
+        let rate = |ledger: &Ledger| {
+            let (launches, steps) = ledger.ranks.iter().fold((0, 0), |(launches, steps), rank| {
+                (launches + rank.launches, steps + rank.steps)
+            });
+            mul_div(launches, PPM, steps)
+        };
+        rate(ledger) > mul_div(rate(base), MORE_LAUNCHES_PPM, PPM)
+    });
+    let into = if more_launches || (launch > loader && ledger.share_ppm(launch) >= BURDEN_PPM) {
+        Cause::HostLaunch
+    } else if loader * 10 >= delay * 5 && ledger.share_ppm(loader) >= BURDEN_PPM {
+        Cause::DataLoader
+    } else {
+        return;
+    };
+    if let (Some(delayed), Some(cost)) = (costs.remove(&Cause::HostCpu), costs.get_mut(&into)) {
+        cost.add(&delayed);
+        let why = format!(
+            "run-queue delay of {} is the price of the threads of {} sharing the CPUs; no quota throttles any rank",
+            super::words::percent(ledger.share_ppm(delayed.total())),
+            into.name(),
+        );
+        decision.dropped.push((Cause::HostCpu, why));
+    }
+}
+
+/// Why a cost is not a cause, beside those already found.
+fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Option<String> {
+    let (cause, total) = (candidate.cause, candidate.cost.total());
+    let share = super::words::percent(ledger.share_ppm(total));
+    if ledger.share_ppm(total) < least_ppm(cause, ledger) {
+        return Some(format!(
+            "costs {share} of GPU time, below {}",
+            super::words::percent(least_ppm(cause, ledger))
+        ));
+    }
+    if cause == Cause::JobImbalance && !persistent(candidate, ledger) {
+        return Some(format!(
+            "{share} of GPU time, but the last rank changes from step to step"
+        ));
+    }
+    if matches!(cause, Cause::NetworkNic | Cause::NetworkFabric) && ledger.pressure == Pressure::None {
+        return Some("no port held packets back and no flow was held up".into());
+    }
+    if let Some(root) = found.iter().find(|found| follows(found.cause, cause)) {
+        return Some(format!(
+            "{share} of GPU time, a consequence of {}",
+            root.cause.name()
+        ));
+    }
+    let top = found.first().map_or(0, |found| found.cost.total());
+    (u128::from(total) * 100 < u128::from(top) * u128::from(BESIDE_PERCENT))
+        .then(|| format!("costs {share} of GPU time, small beside the first cause"))
+}
+
+/// Whether one rank was last in most steps.
+fn persistent(candidate: &Candidate, ledger: &Ledger) -> bool {
+    let late: u64 = ledger.ranks.iter().map(|rank| rank.last).sum();
+    let most = candidate.cost.moved.iter().max().copied().unwrap_or(0);
+    ledger
+        .ranks
+        .iter()
+        .zip(&candidate.cost.moved)
+        .any(|(rank, moved)| {
+            *moved == most && rank.last * 100 >= late * PERSISTENT_PERCENT && rank.last * 2 >= rank.steps
+        })
+}
+
+/// Whether a cost is what the cause brings with it: starved threads, late ranks, slower neighbours.
+pub(super) fn follows(cause: Cause, cost: Cause) -> bool {
+    use Cause::{
+        DataLoader, DataStorage, DeviceContention, DevicePowerCap, DeviceThermal, HostCpu, HostLaunch,
+        HostSync, JobCheckpoint, JobImbalance, KernelClock, NetworkFabric, NetworkNic,
+    };
+    let effects: &[Cause] = match cause {
+        DataLoader => &[
+            HostCpu,
+            HostLaunch,
+            HostSync,
+            DataStorage,
+            JobImbalance,
+            NetworkFabric,
+        ],
+        DataStorage => &[
+            DataLoader,
+            HostCpu,
+            HostLaunch,
+            HostSync,
+            JobImbalance,
+            NetworkFabric,
+        ],
+        HostCpu => &[
+            DataLoader,
+            DataStorage,
+            HostLaunch,
+            HostSync,
+            JobImbalance,
+            NetworkFabric,
+            NetworkNic,
+        ],
+        HostLaunch => &[HostCpu, DataLoader, HostSync, JobImbalance, NetworkFabric],
+        NetworkNic | NetworkFabric => &[HostCpu, HostLaunch, HostSync, JobImbalance],
+        DeviceThermal => &[DevicePowerCap, KernelClock, JobImbalance],
+        DevicePowerCap => &[KernelClock, JobImbalance],
+        DeviceContention => &[DevicePowerCap, KernelClock, JobImbalance, HostCpu, HostLaunch],
+        JobCheckpoint => &[DataStorage, DataLoader, HostCpu, JobImbalance, NetworkFabric],
+        _ => &[JobImbalance],
+    };
+    effects.contains(&cost)
+}

@@ -1,0 +1,622 @@
+//! A synchronous data-parallel job made from its causes, independent of the code under test.
+//!
+//! Each rank's GPU is a list of segments (idle, compute, communication) in microseconds; collectives end together
+//! on all ranks, so whoever is late makes the others communicate longer. Device averages are taken on a 100 ms grid
+//! with a phase of its own per GPU and blur over step edges, as real ones do. The truth is what was put in.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use stallscope_attribution::budget::{assess, assess_span};
+use stallscope_attribution::facts::{
+    Activity, ClockFacts, CollectiveFact, Copies, DeviceProfile, FlowFacts, ForeignLoad, GpuHistory,
+    GpuSubject, HostState, JobFacts, PortFacts, SpanKind, StateInterval, StepEvidence, StepMethod,
+    WorkerLoad,
+};
+use stallscope_attribution::peaks;
+use stallscope_attribution::reading::Reading;
+use stallscope_attribution::time::Window;
+
+const US: u64 = 1000;
+/// Length of a device sample.
+const SAMPLE_US: u64 = 100_000;
+/// Nodes' monotonic clocks differ; only the realtime offset joins them.
+const BOOT_NS: u64 = 5_000_000_000;
+
+/// SplitMix64.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `0..below`.
+    pub(crate) fn below(&mut self, below: u64) -> u64 {
+        if below == 0 { 0 } else { self.next() % below }
+    }
+
+    /// `value` with up to `permille` of itself more or less.
+    fn around(&mut self, value: u64, permille: u64) -> u64 {
+        let spread = value * permille / 1000;
+        value - spread + self.below(2 * spread + 1)
+    }
+
+    /// Mostly small, now and then four times the mean: a busy host's delays.
+    fn delay(&mut self, mean: u64) -> u64 {
+        let short = self.below(mean + 1);
+        if self.below(10) == 0 {
+            short + 4 * mean
+        } else {
+            short
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    None,
+    LoaderCpu,
+    Storage,
+    Launch,
+    CpuQuota {
+        rank: usize,
+    },
+    SlowLink {
+        node: usize,
+    },
+    Thermal {
+        rank: usize,
+    },
+    CoTenant {
+        rank: usize,
+    },
+    /// Every rank writes.
+    Checkpoint,
+    /// Rank 0 writes, the others wait in their next collective.
+    CheckpointByFirst,
+    MovingGc,
+    Imbalance {
+        rank: usize,
+    },
+    /// The whole node's launch threads are starved.
+    NodeCpu {
+        node: usize,
+    },
+    /// All clocks at 0.95.
+    PowerCapAll,
+    /// Another rank has more work in every step.
+    UnevenData,
+}
+
+/// A job to be made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scenario {
+    pub(crate) nodes: usize,
+    pub(crate) gpus: usize,
+    pub(crate) steps: usize,
+    /// First and last faulty step.
+    pub(crate) active: (usize, usize),
+    pub(crate) fault: Fault,
+    /// Dose in percent of the loud one.
+    pub(crate) dose: u64,
+    pub(crate) seed: u64,
+    /// Mean of the host's random delays, us.
+    pub(crate) host_noise_us: u64,
+}
+
+impl Scenario {
+    pub(crate) fn new(fault: Fault) -> Self {
+        Self {
+            nodes: 2,
+            gpus: 2,
+            steps: 100,
+            active: (30, 100),
+            fault,
+            dose: 100,
+            seed: 1,
+            host_noise_us: 3000,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    end_us: u64,
+    busy: bool,
+    sm_ppm: u64,
+    tensor_ppm: u64,
+}
+
+/// What one rank does in one step before the others matter, us.
+#[derive(Debug, Clone, Copy, Default)]
+struct Plan {
+    wait_us: u64,
+    gc_us: u64,
+    runnable_us: u64,
+    start_us: u64,
+    compute_us: u64,
+    /// Idle time spread over compute.
+    starved_us: u64,
+    /// Of the launching thread's time beside compute: on CPU and runnable; the rest is in sync.
+    issue_us: u64,
+    issue_runnable_us: u64,
+    launches: u64,
+    worker_cpu_ppm: u64,
+    worker_io_ppm: u64,
+    throttled_us: u64,
+    mhz: u32,
+    thermal: bool,
+    power: bool,
+    foreign_ppm: u64,
+}
+
+struct Rank {
+    now_us: u64,
+    segments: Vec<Segment>,
+    steps: Vec<(Plan, StepTimes)>,
+    /// Checkpoint before the step of that index: start and end.
+    spans: Vec<(usize, u64, u64)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct StepTimes {
+    start_us: u64,
+    end_us: u64,
+}
+
+/// What was made.
+pub(crate) struct Made {
+    pub(crate) facts: JobFacts,
+    /// Share of GPU time the fault costs while it is active, ppm.
+    pub(crate) cost_ppm: u64,
+}
+
+/// Makes the job.
+pub(crate) fn make(scenario: &Scenario) -> Made {
+    let count = scenario.nodes * scenario.gpus;
+    let mut random = Random::new(scenario.seed);
+    let mut ranks: Vec<Rank> = (0..count)
+        .map(|_| Rank {
+            now_us: 0,
+            segments: Vec::new(),
+            steps: Vec::new(),
+            spans: Vec::new(),
+        })
+        .collect();
+    let mut ports = Vec::new();
+    let (mut healthy_us, mut actual_us) = (0, 0);
+    for step in 0..scenario.steps {
+        let on = step >= scenario.active.0 && step < scenario.active.1;
+        let fault = if on { scenario.fault } else { Fault::None };
+        let began = ranks[0].now_us;
+        checkpoint(scenario, fault, step, &mut ranks);
+        let victim = usize::try_from(random.below(count as u64)).unwrap();
+        let plans: Vec<(Plan, Plan)> = (0..count)
+            .map(|rank| {
+                let base = base(&mut random, scenario.host_noise_us);
+                (base, hurt(base, fault, scenario, rank, victim, &mut random))
+            })
+            .collect();
+        let mut comm_us = random.around(50_000, 80);
+        let normal_comm_us = comm_us;
+        if let Fault::SlowLink { .. } = fault {
+            comm_us += 150_000 * scenario.dose / 100;
+        }
+        let ready = |plan: &Plan| {
+            plan.wait_us + plan.gc_us + plan.runnable_us + plan.start_us + plan.compute_us + plan.starved_us
+        };
+        let starts: Vec<u64> = ranks.iter().map(|rank| rank.now_us).collect();
+        let last = plans
+            .iter()
+            .zip(&starts)
+            .map(|((_, plan), start)| start + ready(plan))
+            .max()
+            .unwrap();
+        let end = last + comm_us;
+        if on {
+            healthy_us += plans.iter().map(|(base, _)| ready(base)).max().unwrap() + normal_comm_us;
+            actual_us += end - began;
+        }
+        ports.extend(port_windows(scenario, fault, began, end, comm_us));
+        for (rank, (_, plan)) in ranks.iter_mut().zip(plans) {
+            run(rank, plan, end);
+        }
+    }
+    let facts = JobFacts {
+        job: "train".into(),
+        kind: "pretrain".into(),
+        gpus: ranks
+            .iter()
+            .enumerate()
+            .map(|(at, rank)| history(scenario, at, rank))
+            .collect(),
+        ports,
+        gaps: Vec::new(),
+    };
+    let lost_us = actual_us.saturating_sub(healthy_us);
+    let cost_ppm = (lost_us * 1_000_000).checked_div(actual_us).unwrap_or(0);
+    Made { facts, cost_ppm }
+}
+
+fn base(random: &mut Random, noise_us: u64) -> Plan {
+    Plan {
+        wait_us: random.around(8_000, 300),
+        runnable_us: random.delay(noise_us),
+        start_us: random.around(10_000, 200),
+        compute_us: random.around(270_000, 15),
+        issue_us: random.around(70_000, 100),
+        issue_runnable_us: random.delay(noise_us),
+        launches: 1200,
+        worker_cpu_ppm: random.around(600_000, 100),
+        worker_io_ppm: random.around(60_000, 300),
+        mhz: 1830,
+        ..Plan::default()
+    }
+}
+
+/// The plan with the fault in it; `victim` is the rank drawn for faults that move.
+fn hurt(
+    plan: Plan,
+    fault: Fault,
+    scenario: &Scenario,
+    rank: usize,
+    victim: usize,
+    random: &mut Random,
+) -> Plan {
+    let dose = |us: u64| us * scenario.dose / 100;
+    let mut plan = plan;
+    match fault {
+        Fault::LoaderCpu => {
+            plan.wait_us += random.around(dose(150_000), 100);
+            // Workers that burn every core delay the launching threads too.
+            plan.runnable_us += random.delay(dose(12_000));
+            plan.issue_runnable_us += random.delay(dose(20_000));
+            plan.worker_cpu_ppm = 1_900_000;
+        }
+        Fault::Storage => {
+            plan.wait_us += random.around(dose(140_000), 150);
+            plan.worker_io_ppm += 1_500_000;
+            plan.worker_cpu_ppm = 350_000;
+        }
+        Fault::Launch => {
+            plan.starved_us += random.around(dose(180_000), 80);
+            plan.issue_us += dose(150_000);
+            plan.issue_runnable_us += random.around(dose(90_000), 200);
+            plan.launches *= 8;
+        }
+        Fault::CpuQuota { rank: hit } if hit == rank => {
+            plan.wait_us += dose(60_000);
+            plan.runnable_us += random.around(dose(60_000), 300);
+            plan.starved_us += dose(70_000);
+            plan.issue_runnable_us += dose(80_000);
+            plan.throttled_us = dose(260_000);
+        }
+        Fault::Thermal { rank: hit } if hit == rank => {
+            let share = 1000 - 350 * scenario.dose / 100;
+            plan.compute_us = plan.compute_us * 1000 / share;
+            plan.mhz = u32::try_from(1830 * share / 1000).unwrap();
+            plan.thermal = true;
+        }
+        Fault::CoTenant { rank: hit } if hit == rank => {
+            plan.foreign_ppm = 350_000 * scenario.dose / 100;
+            plan.compute_us = plan.compute_us * 1_000_000 / (1_000_000 - plan.foreign_ppm);
+        }
+        Fault::MovingGc if victim == rank => plan.gc_us += dose(110_000),
+        Fault::Imbalance { rank: hit } if hit == rank => plan.compute_us += dose(120_000),
+        Fault::NodeCpu { node } if rank / scenario.gpus == node => {
+            plan.runnable_us += random.around(dose(120_000), 200);
+        }
+        Fault::PowerCapAll => {
+            plan.mhz = 1738;
+            plan.compute_us = plan.compute_us * 100 / 95;
+            plan.power = true;
+        }
+        Fault::UnevenData if victim == rank => plan.compute_us += dose(40_000),
+        _ => {}
+    }
+    plan
+}
+
+fn checkpoint(scenario: &Scenario, fault: Fault, step: usize, ranks: &mut [Rank]) {
+    let writers = match fault {
+        Fault::Checkpoint => ranks.len(),
+        Fault::CheckpointByFirst => 1,
+        _ => return,
+    };
+    if step % 12 != 5 {
+        return;
+    }
+    let length_us = 1_600_000 * scenario.dose / 100;
+    for rank in &mut ranks[..writers] {
+        rank.spans.push((step, rank.now_us, rank.now_us + length_us));
+        rank.now_us += length_us;
+        rank.segments.push(Segment {
+            end_us: rank.now_us,
+            busy: false,
+            sm_ppm: 0,
+            tensor_ppm: 0,
+        });
+    }
+}
+
+fn run(rank: &mut Rank, plan: Plan, end_us: u64) {
+    let start_us = rank.now_us;
+    let foreign = plan.foreign_ppm;
+    let mut push = |length_us: u64, busy: bool, sm_ppm: u64, tensor_ppm: u64| {
+        rank.now_us += length_us;
+        rank.segments.push(Segment {
+            end_us: rank.now_us,
+            busy: busy || foreign > 0,
+            sm_ppm: (sm_ppm + foreign).min(1_000_000),
+            tensor_ppm,
+        });
+        rank.now_us
+    };
+    let mut now_us = push(
+        plan.wait_us + plan.gc_us + plan.runnable_us + plan.start_us,
+        false,
+        0,
+        0,
+    );
+    // Compute in ten pieces, the second half with collectives beside it; starvation between them.
+    let slower = |ppm: u64| ppm * 270_000 / plan.compute_us.max(1);
+    for piece in 0..10 {
+        push(
+            plan.compute_us / 10,
+            true,
+            if piece < 5 { 930_000 } else { 960_000 },
+            slower(620_000),
+        );
+        now_us = push(plan.starved_us / 10, false, 0, 0);
+    }
+    push(end_us.saturating_sub(now_us), true, 160_000, 0);
+    rank.now_us = end_us;
+    rank.steps.push((plan, StepTimes { start_us, end_us }));
+}
+
+fn window(start_us: u64, end_us: u64) -> Window {
+    Window::new(BOOT_NS + start_us * US, BOOT_NS + end_us * US).unwrap()
+}
+
+fn port_windows(
+    scenario: &Scenario,
+    fault: Fault,
+    start_us: u64,
+    end_us: u64,
+    comm_us: u64,
+) -> Vec<PortFacts> {
+    let nodes = if scenario.nodes > 1 { scenario.nodes } else { 0 };
+    let length = end_us - start_us;
+    (0..nodes)
+        .map(|node| {
+            let slow = matches!(fault, Fault::SlowLink { node: hit } if hit == node);
+            PortFacts {
+                node: format!("node-{node}"),
+                port: format!("eth{node}"),
+                window: window(start_us, end_us),
+                realtime_offset_ns: offset(node),
+                line_bytes_per_s: Reading::Value(2_500_000_000),
+                sent_bytes: 100_000_000,
+                received_bytes: 100_000_000,
+                backlog_bytes: if slow {
+                    Reading::Value(180_000)
+                } else {
+                    Reading::Value(0)
+                },
+                queue_overlimits: if slow {
+                    Reading::Value(900)
+                } else {
+                    Reading::Value(0)
+                },
+                flows: vec![FlowFacts {
+                    pid: 100,
+                    local: format!("10.0.0.{node}:1"),
+                    peer: "10.0.0.9:2".into(),
+                    acked_bytes: 100_000_000,
+                    busy_ns: if slow { comm_us * US } else { length * US / 12 },
+                    receiver_limited_ns: 0,
+                    unsent_bytes: if slow { 400_000 } else { 0 },
+                    retransmits: 0,
+                    rtt_us: if slow { 20_000 } else { 300 },
+                    min_rtt_us: 100,
+                }],
+            }
+        })
+        .collect()
+}
+
+fn offset(node: usize) -> i64 {
+    1_700_000_000_000_000_000 + i64::try_from(node).unwrap() * 37_000
+}
+
+fn profile() -> DeviceProfile {
+    // 130 ms at the peak.
+    DeviceProfile {
+        model_flops_per_step: Some(128_622_000_000_000),
+        ..peaks::profile(0x2330_10de, "")
+    }
+}
+
+fn history(scenario: &Scenario, at: usize, rank: &Rank) -> GpuHistory {
+    let node = at / scenario.gpus;
+    let subject = GpuSubject {
+        job: "train".into(),
+        node: format!("node-{node}"),
+        gpu: u32::try_from(at % scenario.gpus).unwrap(),
+        pci: format!("0000:{:02x}:00.0", 0x1b + at),
+        device: "NVIDIA H100 80GB HBM3".into(),
+        rank: u32::try_from(at).unwrap(),
+        world: u32::try_from(scenario.nodes * scenario.gpus).unwrap(),
+        pid: 1000 + u32::try_from(at).unwrap(),
+    };
+    let samples = samples(rank, at as u64 * 23_000 % SAMPLE_US, scenario.seed + at as u64);
+    let highest = samples
+        .iter()
+        .filter(|(_, sums)| sums[0] > 300_000)
+        .map(|(_, sums)| sums[1] * 1_000_000 / sums[0])
+        .max();
+    let highest = highest.unwrap_or(0);
+    let evidence = |index: usize, start_us: u64, end_us: u64| StepEvidence {
+        subject: subject.clone(),
+        index: index as u64,
+        window: window(start_us, end_us),
+        realtime_offset_ns: offset(node),
+        method: StepMethod::CollectivePeriod,
+        drained: Vec::new(),
+        host: Vec::new(),
+        workers: Vec::new(),
+        quota_throttled_ns: Reading::Value(0),
+        launches: 0,
+        copies: Copies::default(),
+        collectives: Vec::new(),
+        activity: Reading::Value(average(&samples, start_us, end_us, highest)),
+        clock: Reading::NotMeasured,
+        foreign: Reading::Value(ForeignLoad::default()),
+        lost_records: 0,
+    };
+    let steps = rank.steps.iter().enumerate().map(|(index, (plan, times))| {
+        let evidence = step_evidence(evidence(index, times.start_us, times.end_us), plan, *times);
+        assess(&evidence, &profile())
+    });
+    let spans = rank.spans.iter().map(|(index, start, end)| {
+        let mut evidence = evidence(*index, *start, *end);
+        evidence.drained = vec![window(*start, *end)];
+        evidence.host = vec![StateInterval {
+            window: window(*start, *end),
+            state: HostState::Checkpoint,
+        }];
+        assess_span(&evidence, &profile(), SpanKind::Checkpoint)
+    });
+    GpuHistory {
+        steps: steps.collect(),
+        spans: spans.collect(),
+        subject,
+    }
+}
+
+fn step_evidence(mut evidence: StepEvidence, plan: &Plan, times: StepTimes) -> StepEvidence {
+    let mut at = times.start_us;
+    let mut host = Vec::new();
+    let mut state = |state: HostState, length_us: u64| {
+        host.push(StateInterval {
+            window: window(at, at + length_us),
+            state,
+        });
+        at += length_us;
+        at
+    };
+    state(HostState::Waiting, plan.wait_us);
+    state(HostState::Gc, plan.gc_us);
+    state(HostState::Runnable, plan.runnable_us);
+    let gap_end = state(HostState::OnCpu, plan.start_us);
+    // Issuing is preempted in the middle.
+    state(HostState::OnCpu, plan.issue_us / 2);
+    state(HostState::Runnable, plan.issue_runnable_us);
+    let issued = state(HostState::OnCpu, plan.issue_us / 2);
+    state(HostState::Sync, times.end_us.saturating_sub(issued));
+    let length_ns = (times.end_us - times.start_us) * US;
+    let share = |ppm: u64| length_ns / 1000 * ppm / 1000;
+    evidence.drained = vec![window(times.start_us, gap_end.min(times.end_us))];
+    evidence.host = host;
+    evidence.workers = vec![WorkerLoad {
+        window: window(times.start_us, times.end_us),
+        cpu_ns: share(plan.worker_cpu_ppm),
+        io_ns: share(plan.worker_io_ppm),
+    }];
+    evidence.quota_throttled_ns = Reading::Value(plan.throttled_us * US);
+    evidence.launches = plan.launches;
+    evidence.copies = Copies {
+        to_device_bytes: 8_000_000,
+        count: 1,
+        ..Copies::default()
+    };
+    evidence.collectives = (0..8)
+        .map(|call| CollectiveFact {
+            comm: 7,
+            sequence: evidence.index * 8 + call,
+            function: "all_reduce",
+            bytes: 8_000_000,
+            ranks: evidence.subject.world,
+            call: window(gap_end, gap_end + 10),
+        })
+        .collect();
+    evidence.clock = Reading::Value(ClockFacts {
+        sm_mhz: plan.mhz,
+        thermal_ns: if plan.thermal { length_ns } else { 0 },
+        power_ns: if plan.power { length_ns } else { 0 },
+        temperature_c: if plan.thermal { 88 } else { 61 },
+        power_mw: 500_000,
+    });
+    if plan.foreign_ppm > 0 {
+        let sm_ppm = u32::try_from(plan.foreign_ppm).unwrap();
+        evidence.foreign = Reading::Value(ForeignLoad {
+            processes: 1,
+            largest_pid: 4242,
+            sm_ppm,
+        });
+    }
+    evidence
+}
+
+/// Busy, SM and tensor averages of each sample, ppm, with the sample's start.
+fn samples(rank: &Rank, phase_us: u64, seed: u64) -> Vec<(u64, [u64; 3])> {
+    let mut random = Random::new(seed ^ 0xabcd);
+    let end = rank.now_us;
+    let mut out = Vec::new();
+    let (mut segment, mut segment_start, mut at) = (0, 0, 0);
+    let mut stop = phase_us.max(1);
+    while at < end {
+        let mut sums = [0_u64; 3];
+        let start = at;
+        while at < stop.min(end) && segment < rank.segments.len() {
+            let now = rank.segments[segment];
+            let until = now.end_us.min(stop);
+            let us = until.saturating_sub(at.max(segment_start));
+            sums[0] += if now.busy { us * 1_000_000 } else { 0 };
+            sums[1] += us * now.sm_ppm;
+            sums[2] += us * now.tensor_ppm;
+            at = until.max(at);
+            if now.end_us <= stop {
+                segment += 1;
+                segment_start = now.end_us;
+            }
+        }
+        let length = (stop.min(end) - start).max(1);
+        out.push((
+            start,
+            sums.map(|sum| random.around(sum / length, 8).min(1_000_000)),
+        ));
+        at = stop;
+        stop += SAMPLE_US;
+    }
+    out
+}
+
+fn average(samples: &[(u64, [u64; 3])], start_us: u64, end_us: u64, highest: u64) -> Activity {
+    let mut sums = [0_u64; 3];
+    let mut weight = 0;
+    for (at, (start, values)) in samples.iter().enumerate() {
+        let stop = samples.get(at + 1).map_or(start + SAMPLE_US, |(next, _)| *next);
+        let shared = stop.min(end_us).saturating_sub((*start).max(start_us));
+        weight += shared;
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += shared * value;
+        }
+    }
+    let [busy, sm, tensor] = sums.map(|sum| u32::try_from(sum / weight.max(1)).unwrap());
+    Activity {
+        busy_ppm: busy,
+        sm_ppm: sm,
+        occupancy_ppm: sm / 3,
+        tensor_ppm: tensor,
+        dram_ppm: sm / 2,
+        compute_sm_ppm: u32::try_from(highest.min(1_000_000)).unwrap(),
+    }
+}
