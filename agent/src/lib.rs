@@ -4,6 +4,7 @@
 //! the budget (crate `stallscope-attribution`) turns history into budgets, and every sink — [`store`], [`stream`],
 //! the control socket — sees the same messages.
 
+pub mod answers;
 pub mod cli;
 pub mod config;
 pub mod control;
