@@ -8,8 +8,6 @@ pub mod core;
 mod driver;
 mod link;
 mod query;
-#[cfg(test)]
-mod tests;
 
 pub use driver::{StreamStatus, run};
 pub use link::LinkError;

@@ -17,6 +17,9 @@ pub(super) struct Gpu {
     pub(super) forgotten_to_ns: u64,
 }
 
+/// One process of a rank and what it did.
+pub(super) type Incarnation<'a> = (&'a GpuSubject, &'a Gpu);
+
 /// One job.
 #[derive(Debug, Default)]
 pub(super) struct Job {
@@ -130,8 +133,8 @@ impl Job {
     }
 
     /// For each rank the process heard of last, and the earlier ones.
-    pub(super) fn incarnations(&self) -> (Vec<(&GpuSubject, &Gpu)>, Vec<(&GpuSubject, &Gpu)>) {
-        let mut newest: BTreeMap<u32, (&GpuSubject, &Gpu)> = BTreeMap::new();
+    pub(super) fn incarnations(&self) -> (Vec<Incarnation<'_>>, Vec<Incarnation<'_>>) {
+        let mut newest: BTreeMap<u32, Incarnation<'_>> = BTreeMap::new();
         for (subject, gpu) in &self.gpus {
             let entry = newest.entry(subject.rank).or_insert((subject, gpu));
             if gpu.last_ns > entry.1.last_ns {

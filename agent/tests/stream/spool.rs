@@ -7,7 +7,7 @@ use stallscope_attribution::facts::RecordGap;
 use stallscope_proto::convert::{Payload, Record};
 use tokio::sync::watch;
 
-use crate::store::{Spool, SpoolError};
+use stallscope::store::{Spool, SpoolError};
 
 #[derive(Debug)]
 pub(super) struct MemorySpool {

@@ -8,9 +8,9 @@ use prost::Message;
 use stallscope_proto::frame::Decoder;
 use stallscope_proto::v1::{self, client_message, server_message};
 
-use super::spool::MemorySpool;
-use crate::store::Spool;
-use crate::stream::core::{Action, Core, Pace, Sender};
+use crate::spool::MemorySpool;
+use stallscope::store::Spool;
+use stallscope::stream::core::{Action, Core, Pace, Sender};
 
 const NODE: &str = "n1";
 const MS: u64 = 1_000_000;
