@@ -4,8 +4,10 @@
 //! the budget (crate `stallscope-attribution`) turns history into budgets, and every sink — [`store`], [`stream`],
 //! the control socket — sees the same messages.
 
+pub mod answers;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod doctor;
 pub mod observation;
 pub mod runtime;

@@ -7,8 +7,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod agent;
+mod check;
 mod collect;
 mod config;
+mod duration;
+mod report;
+mod socket;
 
 /// Where every lost GPU FLOP went, who caused it, and on what evidence.
 #[derive(Debug, Parser)]
@@ -24,8 +28,12 @@ enum Command {
     Agent(agent::Args),
     /// Take the streams of agents, keep them, answer reports
     Collect(collect::Args),
+    /// Say in one line whether this node's GPUs are fit: exit 0 fit, 1 degraded, 2 unfit, 3 agent unreachable
+    Check(check::Args),
     /// Validate the configuration, or print the default file
     Config(config::Args),
+    /// Show where GPU time went, who caused it and on what evidence: exit 3 when nothing is recorded
+    Report(report::Args),
 }
 
 /// Parses the command line and runs the command. Exit codes are each command's own; 2 is bad usage.
@@ -34,6 +42,8 @@ pub fn run() -> ExitCode {
     match Cli::parse().command {
         Command::Agent(args) => agent::run(args),
         Command::Collect(args) => collect::run(args),
+        Command::Check(args) => check::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Report(args) => report::run(args),
     }
 }

@@ -185,6 +185,18 @@ impl Recent {
         self.jobs.remove(job);
     }
 
+    /// Names of the jobs remembered.
+    pub fn jobs(&self) -> impl Iterator<Item = &str> {
+        self.jobs.keys().map(String::as_str)
+    }
+
+    /// Who uses a GPU, and the last step of each.
+    pub fn on_gpu(&self, gpu: u32) -> impl Iterator<Item = (&GpuSubject, Option<&GpuStep>)> {
+        let gpus = self.jobs.values().flat_map(|job| &job.gpus);
+        gpus.filter(move |(subject, _)| subject.gpu == gpu)
+            .map(|(subject, recent)| (subject, recent.steps.back()))
+    }
+
     /// The recent history as facts, one entry per job, in the order of names.
     #[must_use]
     pub fn job_facts(&self) -> Vec<JobFacts> {

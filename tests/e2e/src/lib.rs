@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: the built programs, a daemon under watch, a place for its files.
 #![forbid(unsafe_code)]
 
+pub mod tracer;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};

@@ -42,12 +42,12 @@ impl FirstInstruction {
     #[must_use]
     pub fn of_x86_64(code: &[u8]) -> Self {
         let code = code.strip_prefix(&[0x66]).unwrap_or(code);
-        let emulated = match code {
+        let emulated = matches!(
+            code,
             [0x50..=0x57 | 0x90 | 0xe8 | 0xe9 | 0xeb | 0x70..=0x7f, ..]
-            | [0x41, 0x50..=0x57, ..]
-            | [0x0f, 0x1f | 0x80..=0x8f, ..] => true,
-            _ => false,
-        };
+                | [0x41, 0x50..=0x57, ..]
+                | [0x0f, 0x1f | 0x80..=0x8f, ..]
+        );
         if emulated {
             Self::Emulated
         } else {

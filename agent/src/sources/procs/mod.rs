@@ -9,6 +9,9 @@
 //! - [`Discovery::set_events_live`]`(bool)`: whether process events arrive. Without them changes are found by size of the
 //!   address space every 500 ms.
 //!
+//! - [`QuotaReader::new`]`(proc_root)` and [`QuotaReader::poll`]`(now_ns, keys) -> Vec<Observation>`: `Fact::CpuQuota` of
+//!   the GPU processes given, once a second; call as often as convenient.
+//!
 //! Actions come in an order that can be applied one by one: a library is attached before the first process that uses
 //! it is traced, and released after the last is gone.
 
@@ -19,10 +22,12 @@ mod environ;
 mod gpu;
 mod maps;
 mod proc_fs;
+mod quota;
 #[cfg(test)]
 mod tests;
 
 pub use discovery::Discovery;
+pub use quota::QuotaReader;
 
 use std::path::PathBuf;
 

@@ -85,9 +85,23 @@ impl ProcFs {
         self.root.join(pid.to_string()).join(name)
     }
 
+    /// A path below the root.
+    pub(super) fn at(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    pub(super) fn text(&self, name: &str) -> Option<String> {
+        read_bounded(&self.at(name), ENVIRON_BYTES).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     fn small(&self, pid: u32, name: &str) -> Option<Vec<u8>> {
         read_bounded(&self.path(pid, name), SMALL_BYTES)
     }
+}
+
+/// A small text file.
+pub(super) fn read_text(path: &Path) -> Option<String> {
+    read_bounded(path, SMALL_BYTES).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn read_bounded(path: &Path, limit: u64) -> Option<Vec<u8>> {
