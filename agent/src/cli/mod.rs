@@ -10,6 +10,7 @@ mod agent;
 mod check;
 mod collect;
 mod config;
+mod doctor;
 mod duration;
 mod report;
 mod socket;
@@ -32,6 +33,8 @@ enum Command {
     Check(check::Args),
     /// Validate the configuration, or print the default file
     Config(config::Args),
+    /// What can be seen on this node, what cannot, why, and how to fix it
+    Doctor(doctor::Args),
     /// Show where GPU time went, who caused it and on what evidence: exit 3 when nothing is recorded
     Report(report::Args),
 }
@@ -44,6 +47,7 @@ pub fn run() -> ExitCode {
         Command::Collect(args) => collect::run(args),
         Command::Check(args) => check::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Report(args) => report::run(args),
     }
 }

@@ -40,11 +40,12 @@ const METRICS: [GpmMetricId; 7] = [
     GpmMetricId::PcieRxPerSec,
 ];
 
-/// Accumulated nanoseconds of throttling, in this order: by heat (software, hardware), by power (cap, brake). The
-/// wrapper translates the numbers to the loaded driver's.
-const THROTTLE: [u32; 4] = [
+/// Accumulated nanoseconds of throttling, in this order: by heat (software, hardware, and as drivers before the two
+/// count it), by power (cap, brake). The wrapper translates the numbers to the loaded driver's.
+const THROTTLE: [u32; 5] = [
     field_id::NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN,
     field_id::NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN,
+    field_id::NVML_FI_DEV_PERF_POLICY_THERMAL,
     field_id::NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP,
     field_id::NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN,
 ];
@@ -132,7 +133,7 @@ struct Sample<'nvml> {
     at_ns: u64,
     gpm: Result<GpmSample<'nvml>, Lack>,
     energy_mj: Reading<u64>,
-    throttle_ns: [Reading<u64>; 4],
+    throttle_ns: [Reading<u64>; 5],
 }
 
 impl<'nvml> Sampler<'nvml> {
@@ -190,7 +191,7 @@ impl<'nvml> Sampler<'nvml> {
         }
     }
 
-    fn throttle(&self) -> [Reading<u64>; 4] {
+    fn throttle(&self) -> [Reading<u64>; 5] {
         let fields = THROTTLE.map(FieldId);
         let values = self.shared.call("nvmlDeviceGetFieldValues", || {
             self.device.field_values_for(&fields)
@@ -199,10 +200,10 @@ impl<'nvml> Sampler<'nvml> {
             Ok(values) => values.into_iter(),
             Err(error) => {
                 let failed: Reading<u64> = reading(Err(error));
-                return [(); 4].map(|()| failed.clone());
+                return [(); 5].map(|()| failed.clone());
             }
         };
-        [(); 4].map(|()| match values.next() {
+        [(); 5].map(|()| match values.next() {
             Some(Ok(sample)) => match sample.value {
                 Ok(value) => counter(value),
                 Err(error) => reading(Err(error)),
@@ -214,7 +215,7 @@ impl<'nvml> Sampler<'nvml> {
 
     fn reading(&mut self, before: &Sample<'nvml>, now: &Sample<'nvml>) -> GpuReading {
         let window_ns = now.at_ns.saturating_sub(before.at_ns);
-        let [software, hardware, cap, brake] =
+        let [software, hardware, policy, cap, brake] =
             std::array::from_fn(|which| advance(&before.throttle_ns[which], &now.throttle_ns[which]));
         let mut out = GpuReading {
             sm_mhz: reading(
@@ -223,7 +224,7 @@ impl<'nvml> Sampler<'nvml> {
             ),
             sm_max_mhz: self.max_mhz.clone(),
             clock_reasons: self.clock_reasons(),
-            thermal_ns: longest(&[software, hardware], window_ns),
+            thermal_ns: longest(&[software, hardware, policy], window_ns),
             power_limit_ns: longest(&[cap, brake], window_ns),
             energy_mj: advance(&before.energy_mj, &now.energy_mj),
             ..empty_reading(self.shared)

@@ -13,7 +13,7 @@ typedef unsigned long long u64;
 #define INSUFFICIENT_SIZE 7
 #define BAD_ARGUMENT 2
 
-static u64 energy, heat, samples;
+static u64 energy, heat, old_heat, samples;
 
 static void block_on(const char *file) {
     while (access(file, F_OK) == 0) usleep(2000);
@@ -63,13 +63,14 @@ int nvmlDeviceGetMemoryInfo_v2(void *device, Memory *memory) { (void)device; mem
 
 typedef struct { u32 field, scope; long long timestamp, latency; int type, result; u64 value; } Field;
 int nvmlDeviceGetFieldValues(void *device, int count, Field *fields) {
-    (void)device;
     for (int i = 0; i < count; i++) {
         fields[i].type = 3;
         fields[i].result = 0;
-        /* Software thermal slowdown in the numbering from driver 580.82 on. */
-        if (fields[i].field == 269) fields[i].value = heat += 1000000;
-        else if (fields[i].field == 270) fields[i].value = 0;
+        /* Slowdown by heat: GPU 0 by software and hardware apart, in the numbering from driver 580.82 on; GPU 1 as
+         * older drivers count it. */
+        if (fields[i].field == 269 && index_of(device) == 0) fields[i].value = heat += 1000000;
+        else if (fields[i].field == 270 && index_of(device) == 0) fields[i].value = 0;
+        else if (fields[i].field == 75 && index_of(device) == 1) fields[i].value = old_heat += 7000;
         else fields[i].result = NOT_SUPPORTED;
     }
     return 0;

@@ -113,6 +113,7 @@ fn reads_counters_and_tells_unsupported_from_zero() {
     let (_, without_gpm) = second[0];
     assert_eq!(without_gpm.busy_ppm, Reading::Value(420_000));
     assert_eq!(without_gpm.sm_ppm, Reading::Unsupported);
+    assert_eq!(without_gpm.thermal_ns, Reading::Value(7000));
     assert_eq!(without_gpm.temperature_c, Reading::Unsupported);
     assert_eq!(source.dropped(), 0);
 }
