@@ -1,12 +1,15 @@
 //! `vnode`: GPU nodes without the silicon, a training job on them, and faults at known places. See README.md.
 #![deny(unsafe_code)]
 
+mod cotenant;
+mod faults;
 mod plan;
 mod run;
 mod scenario;
 mod signals;
 mod topology;
 mod trainer;
+mod truth;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -57,6 +60,18 @@ enum Command {
         #[arg(long)]
         of: u64,
     },
+    /// Another job's process on a GPU (internal).
+    #[command(hide = true)]
+    Cotenant {
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        node: String,
+        #[arg(long)]
+        gpu: u32,
+        #[arg(long)]
+        share_percent: f64,
+    },
     /// Remove what killed runs left behind.
     Clean,
 }
@@ -75,6 +90,12 @@ fn main() -> ExitCode {
             worker,
             of,
         } => trainer::loader::run(&dir, rank, worker, of),
+        Command::Cotenant {
+            dir,
+            node,
+            gpu,
+            share_percent,
+        } => cotenant::run(&dir, &node, gpu, share_percent),
         Command::Clean => {
             topology::clean_leftovers();
             Ok(())

@@ -14,10 +14,12 @@ use virtual_node_state::gpu::Gpu;
 use virtual_node_state::map::Shared;
 use virtual_node_state::{PPM, VNODE_ENV};
 
+use crate::faults::{Scene, Switch};
 use crate::plan::{Node, Plan};
 use crate::scenario::Scenario;
 use crate::signals;
 use crate::topology::Topology;
+use crate::truth;
 
 /// File built by cargo, and the name by which programs ask for it.
 const LIBRARIES: [(&str, &str); 3] = [
@@ -59,11 +61,15 @@ pub(crate) fn run(scenario: &Path, dir: &Path, libraries: Option<&Path>) -> anyh
     plan.write()?;
     let topology = Topology::build(&plan)?;
     emit(&ready(&plan));
-    let mut job = Ranks::start(&plan)?;
-    let outcome = drive(&plan, &control, &gpus, &topology, &mut job);
-    drop(job);
+    let scene = Scene {
+        plan: &plan,
+        control: &control,
+        gpus: &gpus,
+        topology: &topology,
+    };
+    let faults = drive(&scene, Ranks::start(&plan)?)?;
     drop(topology);
-    outcome?;
+    truth::tell(&plan, &faults)?;
     emit(&json!({"event": "done", "truth": dir.join("truth.json")}));
     Ok(())
 }
@@ -105,7 +111,7 @@ fn prepare(control: &Control, plan: &Plan) {
     }
 }
 
-fn node_env(node: &Node) -> [(&'static str, PathBuf); 2] {
+pub(crate) fn node_env(node: &Node) -> [(&'static str, PathBuf); 2] {
     [
         (VNODE_ENV, node.state.clone()),
         ("LD_LIBRARY_PATH", node.lib.clone()),
@@ -203,18 +209,12 @@ impl Drop for Ranks {
 }
 
 /// From the ranks' start to their end: faults on and off, GPUs kept, progress told.
-fn drive(
-    plan: &Plan,
-    control: &Control,
-    gpus: &Gpus,
-    _topology: &Topology,
-    job: &mut Ranks,
-) -> anyhow::Result<()> {
-    let ranks = plan.scenario.ranks() as usize;
-    let steps = |at: usize| control.ranks[at].steps.load(SeqCst);
+fn drive(scene: &Scene<'_>, mut job: Ranks) -> anyhow::Result<Vec<Switch>> {
+    let ranks = scene.plan.scenario.ranks() as usize;
+    let steps = |at: usize| scene.control.ranks[at].steps.load(SeqCst);
     let begun = now_ns();
     while (0..ranks).any(|rank| steps(rank) < 2) {
-        pause(plan, gpus, job)?;
+        pause(scene, &mut job)?;
         ensure!(
             now_ns() - begun < PATIENCE_NS,
             "the ranks did not begin within a minute"
@@ -222,10 +222,14 @@ fn drive(
     }
     let started = now_ns();
     emit(&json!({"event": "started"}));
-    let end = started + (plan.scenario.job.duration_s * 1e9) as u64;
+    let mut faults = Switch::all(scene.plan);
+    let end = started + (scene.plan.scenario.job.duration_s * 1e9) as u64;
     let mut told = started;
     while now_ns() < end {
-        pause(plan, gpus, job)?;
+        pause(scene, &mut job)?;
+        faults
+            .iter_mut()
+            .try_for_each(|fault| fault.tick(scene, started))?;
         let now = now_ns();
         if now >= told + 1_000_000_000 {
             told = now;
@@ -234,26 +238,28 @@ fn drive(
         }
     }
     // No rank can be further than this: collectives hold them together, and the host runs ahead one period at most.
-    let last = (0..ranks).map(steps).max().unwrap_or(0) + 2 + plan.scenario.job.sync_every;
-    control.stop_at_step.store(last, SeqCst);
+    let last = (0..ranks).map(steps).max().unwrap_or(0) + 2 + scene.plan.scenario.job.sync_every;
+    scene.control.stop_at_step.store(last, SeqCst);
     let told = now_ns();
     while !job.all_left()? {
-        pause(plan, gpus, job)?;
+        pause(scene, &mut job)?;
         ensure!(
             now_ns() - told < PATIENCE_NS,
             "the ranks did not end within a minute"
         );
     }
-    job.check(plan)
+    faults.iter_mut().try_for_each(|fault| fault.finish(scene))?;
+    job.check(scene.plan)?;
+    Ok(faults)
 }
 
 /// One tick: nobody has died, nobody has told us to stop, the GPUs' sums are kept.
-fn pause(plan: &Plan, gpus: &Gpus, job: &mut Ranks) -> anyhow::Result<()> {
+fn pause(scene: &Scene<'_>, job: &mut Ranks) -> anyhow::Result<()> {
     std::thread::sleep(TICK);
     if signals::asked() {
         bail!("told to stop");
     }
     let now = now_ns();
-    gpus.iter().for_each(|gpu| gpu.settle(now));
-    job.check(plan)
+    scene.gpus.iter().for_each(|gpu| gpu.settle(now));
+    job.check(scene.plan)
 }

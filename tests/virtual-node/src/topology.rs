@@ -14,7 +14,11 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{Node, Plan, SHARDS};
 
 /// Hierarchies of control groups in which each rank has its own.
-pub(crate) const HIERARCHIES: [&str; 2] = ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/blkio"];
+pub(crate) const HIERARCHIES: [&str; 2] = [CPU, DISK];
+/// The hierarchy that shares out processors.
+pub(crate) const CPU: &str = "/sys/fs/cgroup/cpu";
+/// The hierarchy that shares out disks.
+pub(crate) const DISK: &str = "/sys/fs/cgroup/blkio";
 /// Notes of running topologies, for whoever has to clean up after a killed run.
 const NOTES: &str = "/run/stallscope-vnode";
 
@@ -65,6 +69,11 @@ pub(crate) fn enter(netns: &str, cgroup: &str) -> anyhow::Result<()> {
         .with_context(|| format!("failed to enter network namespace {netns}"))
 }
 
+/// The group of another job's process on a node's GPU.
+pub(crate) fn tenant_cgroup(node: &Node, gpu: u32) -> String {
+    format!("{}/cotenant{gpu}", node.cgroup)
+}
+
 /// Has the kernel kill this process when its parent dies.
 pub(crate) fn die_with_parent() -> anyhow::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))
@@ -93,9 +102,12 @@ impl Topology {
         };
         topology.network(plan)?;
         for rank in 0..plan.scenario.ranks() {
-            for hierarchy in HIERARCHIES {
-                let group = format!("{hierarchy}{}", plan.rank_cgroup(rank));
-                fs::create_dir_all(&group).with_context(|| format!("failed to create {group}"))?;
+            let (node, gpu) = plan.node_of(rank);
+            for cgroup in [plan.rank_cgroup(rank), tenant_cgroup(node, gpu)] {
+                for hierarchy in HIERARCHIES {
+                    let group = format!("{hierarchy}{cgroup}");
+                    fs::create_dir_all(&group).with_context(|| format!("failed to create {group}"))?;
+                }
             }
         }
         topology.loop_device = disk(plan)?;

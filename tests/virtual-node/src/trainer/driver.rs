@@ -48,6 +48,7 @@ bind!(Cuda {
     cuStreamWaitEvent: fn(Handle, Handle, u32) -> c_int;
     cuEventCreate: fn(*mut Handle, u32) -> c_int;
     cuEventRecord: fn(Handle, Handle) -> c_int;
+    cuEventSynchronize: fn(Handle) -> c_int;
     cuMemAlloc_v2: fn(*mut u64, usize) -> c_int;
     cuMemAllocHost_v2: fn(*mut Handle, usize) -> c_int;
     cuMemcpyHtoDAsync_v2: fn(u64, *const c_void, usize, Handle) -> c_int;
@@ -136,6 +137,15 @@ impl Device {
         done(
             unsafe { (self.cuda.cuStreamWaitEvent)(stream.0, event.0, 0) },
             "cuStreamWaitEvent",
+        )
+    }
+
+    /// Blocks until the event's last recording has happened.
+    pub(crate) fn wait_for(&self, event: Object) -> anyhow::Result<()> {
+        // SAFETY: a handle made by this library.
+        done(
+            unsafe { (self.cuda.cuEventSynchronize)(event.0) },
+            "cuEventSynchronize",
         )
     }
 

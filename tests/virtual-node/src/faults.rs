@@ -1,0 +1,252 @@
+//! Faults: switched on at their onset and off at their end, at their place, and noted with the exact times.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering::SeqCst;
+
+use anyhow::Context;
+use serde_json::json;
+use virtual_node_state::PPM;
+use virtual_node_state::clock::{now_ns, unix_ns};
+use virtual_node_state::control::{Control, RankControl};
+use virtual_node_state::gpu::{Gpu, reason};
+use virtual_node_state::power::REFERENCE_MHZ;
+
+use crate::plan::Plan;
+use crate::run::{Gpus, emit, node_env};
+use crate::scenario::{Fault, FaultKind};
+use crate::topology::{CPU, DISK, Topology, command};
+
+/// Temperatures of a healthy and of an overheated GPU, degrees Celsius.
+const COOL_C: u32 = 58;
+const HOT_C: u32 = 89;
+/// Cost of a launch beyond what the host is told to spend, ns.
+const CALL_NS: f64 = 2_000.0;
+const QUOTA_PERIOD_US: f64 = 100_000.0;
+
+/// A fault and when it was in force, ns of `CLOCK_MONOTONIC`.
+#[derive(Debug)]
+pub(crate) struct Switch {
+    pub(crate) fault: Fault,
+    pub(crate) on_ns: Option<u64>,
+    pub(crate) off_ns: Option<u64>,
+    pub(crate) on_unix_ns: u64,
+    pub(crate) off_unix_ns: u64,
+    tenants: Vec<Child>,
+}
+
+/// What faults work on.
+pub(crate) struct Scene<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) control: &'a Control,
+    pub(crate) gpus: &'a Gpus,
+    pub(crate) topology: &'a Topology,
+}
+
+impl Switch {
+    pub(crate) fn all(plan: &Plan) -> Vec<Self> {
+        let switch = |fault: &Fault| Self {
+            fault: fault.clone(),
+            on_ns: None,
+            off_ns: None,
+            on_unix_ns: 0,
+            off_unix_ns: 0,
+            tenants: Vec::new(),
+        };
+        let faults = plan.scenario.fault.iter();
+        faults
+            .filter(|fault| fault.name != FaultKind::None)
+            .map(switch)
+            .collect()
+    }
+
+    /// Switches when it is time.
+    pub(crate) fn tick(&mut self, scene: &Scene<'_>, started_ns: u64) -> anyhow::Result<()> {
+        let now = now_ns();
+        let due = |after_s: f64| now >= started_ns + (after_s * 1e9) as u64;
+        let end_s = self.fault.duration_s.map(|length| self.fault.onset_s + length);
+        if self.on_ns.is_none() && due(self.fault.onset_s) {
+            self.set(scene, true)?;
+        }
+        if self.off_ns.is_none() && end_s.is_some_and(due) {
+            self.set(scene, false)?;
+        }
+        Ok(())
+    }
+
+    /// Switches off at the end of the run, if it is still on.
+    pub(crate) fn finish(&mut self, scene: &Scene<'_>) -> anyhow::Result<()> {
+        if self.on_ns.is_some() && self.off_ns.is_none() {
+            self.set(scene, false)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn set(&mut self, scene: &Scene<'_>, on: bool) -> anyhow::Result<()> {
+        let name = self.fault.name.name();
+        self.apply(scene, on)
+            .with_context(|| format!("failed to switch {name} {}", if on { "on" } else { "off" }))?;
+        let (now, unix) = (now_ns(), unix_ns());
+        if on {
+            (self.on_ns, self.on_unix_ns) = (Some(now), unix);
+        } else {
+            (self.off_ns, self.off_unix_ns) = (Some(now), unix);
+        }
+        emit(&json!({"event": "fault", "name": name, "on": on, "at_unix_ns": unix}));
+        Ok(())
+    }
+
+    fn apply(&mut self, scene: &Scene<'_>, on: bool) -> anyhow::Result<()> {
+        let plan = scene.plan;
+        let job = &plan.scenario.job;
+        let amount = self.fault.amount(job);
+        let hit = |rank: &u32| self.fault.hits(&plan.scenario.topology, *rank);
+        let ranks: Vec<u32> = (0..plan.scenario.ranks()).filter(hit).collect();
+        let knobs = |rank: &u32| -> &RankControl { &scene.control.ranks[*rank as usize] };
+        match self.fault.name {
+            FaultKind::None => {}
+            FaultKind::LoaderCpu => {
+                let wanted_ms = amount / 100.0 * job.step_ms as f64 * f64::from(job.workers);
+                let factor = wanted_ms / job.decode_ms.max(0.001);
+                let ppm = if on { (factor * PPM as f64) as u64 } else { PPM };
+                ranks
+                    .iter()
+                    .for_each(|rank| knobs(rank).decode_ppm.store(ppm, SeqCst));
+            }
+            FaultKind::Storage => {
+                let bytes_per_s = job.sample_bytes() as f64 / (amount / 100.0 * job.step_s());
+                for rank in &ranks {
+                    throttle(scene, *rank, "read", on.then_some(bytes_per_s as u64))?;
+                    knobs(rank).cold_reads.store(u32::from(on), SeqCst);
+                }
+            }
+            FaultKind::Launch => {
+                let launches = f64::from(job.launches_per_step() * self.fault.split);
+                let each_ns = (amount / 100.0 * job.step_s() * 1e9 / launches - CALL_NS).max(1_000.0);
+                for rank in &ranks {
+                    knobs(rank)
+                        .launch_split
+                        .store(if on { self.fault.split } else { 1 }, SeqCst);
+                    knobs(rank)
+                        .launch_cost_ns
+                        .store(if on { each_ns as u64 } else { 0 }, SeqCst);
+                }
+            }
+            FaultKind::CpuQuota => {
+                let quota = if on {
+                    format!("{}", (amount / 100.0 * QUOTA_PERIOD_US) as u64)
+                } else {
+                    "-1".into()
+                };
+                for rank in &ranks {
+                    let file = format!("{CPU}{}/cpu.cfs_quota_us", plan.rank_cgroup(*rank));
+                    fs::write(&file, &quota).with_context(|| format!("failed to write {file}"))?;
+                }
+            }
+            FaultKind::SlowLink => {
+                for (index, node) in (0..).zip(&plan.nodes) {
+                    if self.fault.node.is_none_or(|wanted| wanted == index) {
+                        slow_link(&node.netns, on.then_some(amount))?;
+                    }
+                }
+            }
+            FaultKind::Thermal => {
+                let mhz = (amount / 100.0 * f64::from(REFERENCE_MHZ)) as u32;
+                ranks
+                    .iter()
+                    .for_each(|rank| heat(&scene.gpus[*rank as usize], on.then_some(mhz)));
+            }
+            FaultKind::CoTenant if on => {
+                for rank in &ranks {
+                    self.tenants.push(tenant(plan, *rank, amount)?);
+                }
+            }
+            FaultKind::CoTenant => self.evict(),
+            FaultKind::Checkpoint => {
+                let bytes_per_s = (job.checkpoint_mib << 20) as f64 / amount;
+                let every = if on {
+                    self.fault.every_steps
+                } else {
+                    job.checkpoint_every
+                };
+                for rank in &ranks {
+                    throttle(scene, *rank, "write", on.then_some(bytes_per_s as u64))?;
+                    knobs(rank).checkpoint_every.store(every, SeqCst);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn evict(&mut self) {
+        for mut tenant in self.tenants.drain(..) {
+            // One that has left already is what we want.
+            let _gone = tenant.kill();
+            let _reaped = tenant.wait();
+        }
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        self.evict();
+    }
+}
+
+/// Limits a rank's rate on the dataset's disk; `None` lifts the limit.
+fn throttle(scene: &Scene<'_>, rank: u32, way: &str, bytes_per_s: Option<u64>) -> anyhow::Result<()> {
+    let file = format!(
+        "{DISK}{}/blkio.throttle.{way}_bps_device",
+        scene.plan.rank_cgroup(rank)
+    );
+    let line = format!("{} {}", scene.topology.disk_number()?, bytes_per_s.unwrap_or(0));
+    fs::write(&file, line).with_context(|| format!("failed to write {file}"))
+}
+
+/// Shapes what a node sends, in Mbit/s; `None` lifts it.
+fn slow_link(netns: &str, mbit_per_s: Option<f64>) -> anyhow::Result<()> {
+    let line = match mbit_per_s {
+        // The burst takes one large segment; the queue is deep enough not to drop what TCP keeps in flight.
+        Some(rate) => format!(
+            "tc -n {netns} qdisc add dev eth0 root tbf rate {}bit burst 96kb limit 4mb",
+            (rate * 1e6) as u64
+        ),
+        None => format!("tc -n {netns} qdisc del dev eth0 root"),
+    };
+    command(&line).map(drop)
+}
+
+/// Makes a GPU too hot for its clock; `None` cools it.
+fn heat(gpu: &Gpu, mhz: Option<u32>) {
+    let now = now_ns();
+    let hot = mhz.is_some();
+    gpu.sm_mhz.store(mhz.unwrap_or(REFERENCE_MHZ), SeqCst);
+    gpu.temperature_c.store(if hot { HOT_C } else { COOL_C }, SeqCst);
+    let reasons = if hot {
+        reason::SW_THERMAL | reason::HW_SLOWDOWN | reason::HW_THERMAL
+    } else {
+        0
+    };
+    gpu.reasons.store(reasons, SeqCst);
+    gpu.sw_thermal.set(hot, now);
+    gpu.hw_thermal.set(hot, now);
+}
+
+/// Starts another job's process on a rank's GPU.
+fn tenant(plan: &Plan, rank: u32, share_percent: f64) -> anyhow::Result<Child> {
+    let (node, gpu) = plan.node_of(rank);
+    let log = fs::File::create(node.state.join(format!("cotenant{gpu}.log")))?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["cotenant", "--gpu", &gpu.to_string(), "--node", &node.name]);
+    command
+        .args(["--share-percent", &share_percent.to_string()])
+        .arg("--dir")
+        .arg(&plan.dir);
+    command
+        .envs(node_env(node))
+        .env("STALLSCOPE_JOB", "notebook")
+        .env("STALLSCOPE_JOB_KIND", "other");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.spawn().context("failed to start the other job")
+}
