@@ -89,7 +89,7 @@ impl Tool {
         }
         // These run for seconds and take minutes to optimise.
         vec![
-            ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1".to_owned()),
+            ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0".to_owned()),
             ("CARGO_PROFILE_RELEASE_LTO", "off".to_owned()),
             ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16".to_owned()),
             ("CARGO_PROFILE_RELEASE_STRIP", "symbols".to_owned()),
