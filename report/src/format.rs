@@ -37,7 +37,8 @@ pub(crate) fn ppm_percent(ppm: u32) -> String {
     tenths((i64::from(ppm) + 500) / 1000)
 }
 
-/// A length of time with a unit that suits it: `742 ns`, `18.31 ms`, `38.00 s`, `61.2 min`, `40.2 h`.
+/// A length of time with a unit that suits it: `742 ns`, `18.31 ms`, `38.00 s`, `61.2 min`, `40.2 h`,
+/// `11.9 y`.
 pub(crate) fn duration(ns: i128) -> String {
     const MINUTE: u128 = 60_000_000_000;
     let sign = if ns < 0 { "-" } else { "" };
@@ -49,7 +50,9 @@ pub(crate) fn duration(ns: i128) -> String {
         1_000_000..1_000_000_000 => (1_000_000, "ms", 2),
         1_000_000_000..600_000_000_000 => (1_000_000_000, "s", 2),
         600_000_000_000..7_200_000_000_000 => (MINUTE, "min", 1),
-        _ => (60 * MINUTE, "h", 1),
+        7_200_000_000_000..36_000_000_000_000_000 => (60 * MINUTE, "h", 1),
+        // A mean Gregorian year.
+        _ => (525_949 * MINUTE + MINUTE / 5, "y", 1),
     };
     let scale = 10_u128.pow(digits);
     let rounded = ns.saturating_mul(scale).saturating_add(unit_ns / 2) / unit_ns;
@@ -114,11 +117,12 @@ mod tests {
             (38_000_000_054, "38.00 s"),
             (3_672_000_000_000, "61.2 min"),
             (144_720_000_000_000, "40.2 h"),
+            (31_556_952_000_000_000 * 12, "12.0 y"),
         ];
         for (ns, text) in cases {
             assert_eq!(duration(ns), text);
         }
-        assert!(duration(i128::MIN).ends_with(" h"));
+        assert!(duration(i128::MIN).ends_with(" y"));
     }
 
     #[test]

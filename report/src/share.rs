@@ -70,13 +70,18 @@ fn parts<E: serde::de::Error>(value: f64) -> Result<u32, E> {
     )))
 }
 
+/// Largest share of anything, either way: sums of many stay far from overflow. Only numbers that are no times reach it.
+const MOST: i128 = 1_000_000_000_000_000;
+
 /// Splits `units` among `parts` in proportion by largest remainder, so that the result sums to `units` exactly
 /// whenever the parts sum to something positive. A part of zero gets zero; negative parts get negative units.
 ///
 /// With nothing to split (sum zero or negative) every part gets zero.
 #[must_use]
 pub fn apportion(parts: &[i128], units: i64) -> Vec<i64> {
-    let total: i128 = parts.iter().sum();
+    let total = parts
+        .iter()
+        .fold(0_i128, |total, part| total.saturating_add(*part));
     if total <= 0 {
         return vec![0; parts.len()];
     }
@@ -84,7 +89,7 @@ pub fn apportion(parts: &[i128], units: i64) -> Vec<i64> {
     let mut remainders: Vec<(i128, usize)> = Vec::with_capacity(parts.len());
     for (index, part) in parts.iter().enumerate() {
         let scaled = part.saturating_mul(i128::from(units));
-        shares.push(i64::try_from(scaled.div_euclid(total)).unwrap_or(0));
+        shares.push(i64::try_from(scaled.div_euclid(total).clamp(-MOST, MOST)).unwrap_or(0));
         remainders.push((scaled.rem_euclid(total), index));
     }
     let missing = units - shares.iter().sum::<i64>();

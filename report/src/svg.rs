@@ -184,7 +184,7 @@ fn draw_row(svg: &mut Markup, index: i64, row: &Row, position: i64, start: i64, 
         .int(baseline)
         .raw("\">");
     svg.text(&row.label).raw("</text>");
-    let width = row.tenths.abs().max(2);
+    let width = row.tenths.abs();
     bar(
         svg,
         index,
@@ -208,7 +208,7 @@ fn draw_row(svg: &mut Markup, index: i64, row: &Row, position: i64, start: i64, 
             y + BAR / 2,
         );
     }
-    if !row.note.is_empty() && start > 250 {
+    if !row.note.is_empty() && (250..=PLOT_WIDTH).contains(&start) {
         svg.raw("<text class=\"note\" x=\"")
             .int(PLOT_X + start - 14)
             .raw("\" y=\"")
@@ -231,7 +231,11 @@ fn draw_row(svg: &mut Markup, index: i64, row: &Row, position: i64, start: i64, 
     svg.text(&row.code).raw("</text></g>");
 }
 
+/// A bar, cut at the edges of the plot: an ideal above 100 % (FLOPs declared too high) must not cover the labels.
 fn bar(svg: &mut Markup, index: i64, picture: &'static str, class: &'static str, x: i64, y: i64, width: i64) {
+    let end = (x + width).clamp(PLOT_X, PLOT_X + PLOT_WIDTH);
+    let x = x.clamp(PLOT_X, PLOT_X + PLOT_WIDTH - 2);
+    let width = (end - x).max(2);
     svg.raw("<rect class=\"")
         .raw(class)
         .raw("\" x=\"")
@@ -267,7 +271,7 @@ fn whisker(svg: &mut Markup, from: i64, to: i64, y: i64) {
 
 /// From the edge a loss leaves to the next row.
 fn connector(svg: &mut Markup, left: i64, position: i64) {
-    let (x, y) = (PLOT_X + left, TOP + ROW * position + BAR);
+    let (x, y) = (PLOT_X + left.clamp(0, PLOT_WIDTH), TOP + ROW * position + BAR);
     svg.raw("<line class=\"connector\" x1=\"")
         .int(x)
         .raw("\" x2=\"")

@@ -221,15 +221,16 @@ pub(crate) fn lost(job: &Job) -> Lost {
         let sum =
             |pick: fn((i64, i64)) -> i64| lost.iter().map(|l| l.bounds.map_or(l.tenths, pick)).sum::<i64>();
         Some((
-            sum(|bounds| bounds.0).clamp(0, tenths),
-            sum(|bounds| bounds.1).clamp(tenths, 1000),
+            sum(|bounds| bounds.0).max(0).min(tenths),
+            sum(|bounds| bounds.1).min(1000).max(tenths),
         ))
     } else {
         None
     };
     Lost {
         tenths,
-        bounds,
+        // Bounds that print the same number say nothing.
+        bounds: bounds.filter(|(low, high)| low < high),
         against_model_math,
     }
 }

@@ -116,6 +116,29 @@ pub fn method(name: &str) -> &str {
 mod tests {
     use super::*;
 
+    /// The guide is written by hand but for these rows.
+    #[test]
+    fn the_guide_names_every_leaf_cause_and_tier() {
+        let guide = include_str!("../../docs/report.md");
+        let leaves = Leaf::ALL.iter().map(|known| (known.name(), leaf(*known)));
+        let causes = Cause::ALL.iter().map(|known| (known.name(), cause(*known)));
+        let tiers = ["A", "B+C", "B"].into_iter().map(|name| (name, tier(name)));
+        for (name, words) in leaves.chain(causes).chain(tiers) {
+            let row = format!("| `{name}` | {words} |\n");
+            assert!(guide.contains(&row), "docs/report.md lacks the row {row}");
+        }
+        let rows = guide.lines().filter(|line| line.starts_with("| `")).count();
+        let fields = guide
+            .split("| Field of a job |")
+            .nth(1)
+            .map_or(0, |rest| rest.matches("\n| `").count());
+        assert_eq!(
+            rows - fields,
+            Leaf::ALL.len() + Cause::ALL.len() + 3,
+            "a row names what does not exist"
+        );
+    }
+
     #[test]
     fn words_fit_their_column() {
         for known in Leaf::ALL {

@@ -32,6 +32,16 @@ pub enum DocumentError {
         /// What they should sum to.
         total_ns: i128,
     },
+    /// A leaf that cannot be negative is.
+    #[error("leaf {leaf} of {whose} is {ns} ns: the report was altered")]
+    Negative {
+        /// Which leaf.
+        leaf: String,
+        /// Which budget.
+        whose: String,
+        /// Its value.
+        ns: i64,
+    },
     /// A roll-up that is not the sum of its GPUs.
     #[error("the totals of {whose} are not the sum of its GPUs: the report was altered or cut short")]
     Rollup {
@@ -84,6 +94,18 @@ impl Gpu {
                 whose: whose(),
                 sum_ns: leaves_ns,
                 total_ns,
+            });
+        }
+        let may_be_negative = |name: &str| Leaf::from_name(name).is_none_or(Leaf::may_be_negative);
+        if let Some((leaf, ns)) = self
+            .budget
+            .iter()
+            .find(|(leaf, ns)| **ns < 0 && !may_be_negative(leaf))
+        {
+            return Err(DocumentError::Negative {
+                leaf: leaf.clone(),
+                whose: whose(),
+                ns: *ns,
             });
         }
         if self.sweep != swept(&self.budget) {

@@ -1,5 +1,8 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+use proptest::prelude::*;
+use stallscope_attribution::leaf::Leaf;
+
 use super::*;
 use crate::fixtures;
 
@@ -46,7 +49,7 @@ fn node_roll_ups_add_nanoseconds() {
 #[test]
 fn a_leaf_only_some_gpus_measured_is_named_as_such() {
     let mut analysis = fixtures::healthy();
-    analysis.gpus[1] = fixtures::gpu(1, 50_000, &[], &[stallscope_attribution::leaf::Leaf::IdleGc]);
+    analysis.gpus[1] = fixtures::gpu(1, 50_000, &[], &[Leaf::IdleGc]);
     let total = &Document::from(&analysis).jobs[0].total;
     assert_eq!(total.partly_measured, ["idle.gc"]);
     assert!(total.unmeasured.is_empty());
@@ -88,4 +91,70 @@ fn additions_of_a_newer_producer_are_tolerated() {
     let document = Document::from_json(&value.to_string()).unwrap();
     assert_eq!(document.jobs[0].gpus[0].budget["idle.cosmic"], 200_000_000);
     assert_eq!(document.jobs[0].mfu_source, MfuSource::Unknown);
+}
+
+#[test]
+fn a_negative_leaf_is_refused_unless_it_may_be() {
+    let mut document = Document::from(&fixtures::healthy());
+    document.check().unwrap();
+    let gpu = &mut document.jobs[0].gpus[0];
+    *gpu.budget.get_mut("idle.gc").unwrap() -= 5;
+    *gpu.budget.get_mut("idle.unknown").unwrap() += 5;
+    assert!(document.check().unwrap_err().to_string().contains("leaf idle.gc"));
+}
+
+/// Leaves of any size, negative only where that is allowed; the total is whatever they sum to.
+fn any_leaves() -> impl Strategy<Value = Vec<i64>> {
+    let leaf = |leaf: &Leaf| {
+        let sizes = prop_oneof![
+            Just(0_i64),
+            0_i64..1_000,
+            0_i64..1_000_000_000_000,
+            0_i64..i64::MAX / 32
+        ];
+        let may_be_negative = leaf.may_be_negative();
+        (sizes, any::<bool>()).prop_map(move |(ns, negate)| if negate && may_be_negative { -ns } else { ns })
+    };
+    Leaf::ALL.iter().map(leaf).collect::<Vec<_>>()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn whatever_holds_its_sums_survives_json_and_renders(
+        budgets in proptest::collection::vec(any_leaves(), 0..40),
+        name in ".{0,20}",
+    ) {
+        let mut document = Document::from(&fixtures::with_gaps());
+        let job = &mut document.jobs[0];
+        let template = job.gpus.remove(0);
+        job.gpus.clear();
+        for (rank, leaves) in (0..).zip(budgets) {
+            let Ok(total_ns) = u64::try_from(leaves.iter().sum::<i64>()) else { continue };
+            let mut gpu = Gpu { rank, node: name.clone(), total_ns, ..template.clone() };
+            gpu.sweep = Sweep::default();
+            for (leaf, ns) in Leaf::ALL.iter().zip(leaves) {
+                gpu.budget.insert(leaf.name().to_owned(), ns);
+                let of = match leaf.class() {
+                    stallscope_attribution::leaf::Class::Compute => &mut gpu.sweep.compute_ns,
+                    stallscope_attribution::leaf::Class::Comm => &mut gpu.sweep.exposed_comm_ns,
+                    stallscope_attribution::leaf::Class::Memory => &mut gpu.sweep.exposed_memory_ns,
+                    stallscope_attribution::leaf::Class::Idle => &mut gpu.sweep.idle_ns,
+                };
+                *of += i128::from(ns);
+            }
+            job.gpus.push(gpu);
+        }
+        job.total = Rollup::over(&job.gpus);
+        job.nodes = by_node(&job.gpus);
+        document.check()?;
+        let json = document.to_json()?;
+        prop_assert_eq!(&Document::from_json(&json)?, &document);
+        let text = crate::text::render(&document, crate::text::TextOptions::default());
+        for line in text.lines() {
+            prop_assert!(line.chars().count() <= 100, "{}", line);
+        }
+        prop_assert!(crate::html::render(&document).ends_with("</html>\n"));
+    }
 }

@@ -119,6 +119,11 @@ pub(crate) fn fit(text: &str, width: usize) -> String {
     text.chars().take(width.saturating_sub(1)).chain(['…']).collect()
 }
 
+/// The line without what goes beyond the report's width.
+pub(crate) fn cut(line: &str) -> String {
+    line.chars().take(WIDTH).collect()
+}
+
 /// A bar of `width` cells for tenths of a percent, to an eighth of a cell. Anything above zero shows.
 pub(crate) fn bar(tenths: i64, width: usize) -> String {
     const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];

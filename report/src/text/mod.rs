@@ -219,12 +219,13 @@ fn waterfall_row(name: &str, share: i64, bounds: Option<(i64, i64)>, ns: i128, w
         .map(|(low, high)| format!("[{}, {}]", tenths(low), tenths(high)))
         .unwrap_or_default();
     let time = duration(ns);
-    format!(
+    let row = format!(
         "  {} {:>6} % {bounds:<14}{} {time:>9}  {words}",
         fit(name, 22),
         tenths(share),
         fit(&bar(share, 8), 8)
-    )
+    );
+    canvas::cut(&row)
 }
 
 fn by_node(canvas: &mut Canvas, job: &Job) {
@@ -328,7 +329,7 @@ fn rank_block(canvas: &mut Canvas, gpus: &[&Gpu]) {
         .collect();
     let head = canvas.paint(
         Style::Faint,
-        &format!("  {:<20}{head}   percent of the rank's own time", "leaf"),
+        &canvas::cut(&format!("  {:<20}{head}", "percent of own time")),
     );
     canvas.line(&head);
     let mut names: Vec<&str> = Vec::new();
@@ -349,16 +350,17 @@ fn rank_block(canvas: &mut Canvas, gpus: &[&Gpu]) {
             };
             format!("{text:>7}")
         };
-        canvas.line(&format!(
-            "  {}{}",
-            fit(name, 20),
-            columns.iter().map(cell).collect::<String>()
-        ));
+        let cells: String = columns.iter().map(cell).collect();
+        canvas.line(&canvas::cut(&format!("  {}{cells}", fit(name, 20))));
     }
     let sums = columns
         .iter()
         .map(|lines| format!("{:>7}", tenths(lines.iter().map(|line| line.tenths).sum())));
-    canvas.line(&format!("  {:<20}{}", "sum", sums.collect::<String>()));
+    canvas.line(&canvas::cut(&format!(
+        "  {:<20}{}",
+        "sum",
+        sums.collect::<String>()
+    )));
 }
 
 fn who_caused_it(canvas: &mut Canvas, job: &Job) {
@@ -383,16 +385,14 @@ fn who_caused_it(canvas: &mut Canvas, job: &Job) {
         ),
     );
     for line in lines {
-        let (place, time) = (fit(&line.place, 40), duration(line.ns));
+        let (place, time) = (fit(&line.place, 36), duration(line.ns));
         let cause = if line.leaf.is_empty() {
             line.cause
         } else {
             format!("{} ({})", line.cause, line.leaf)
         };
-        canvas.line(&format!(
-            "  {place} {:>6} % {time:>9}  {cause}",
-            tenths(line.tenths)
-        ));
+        let row = format!("  {place} {:>6} % {time:>9}  {cause}", tenths(line.tenths));
+        canvas.line(&canvas::cut(&row));
     }
 }
 
@@ -422,7 +422,8 @@ fn side_by_side(canvas: &mut Canvas, job: &Job) {
             (Some(a), _) => {
                 let [driver, sm, tensor, hbm] =
                     [a.driver_utilisation, a.sm, a.tensor, a.hbm].map(|share| ppm_percent(share.ppm));
-                canvas.line(&format!("  {name}{driver:>9}{sm:>9}{tensor:>9}{hbm:>9}{mfu:>9}"));
+                let row = format!("  {name}{driver:>9}{sm:>9}{tensor:>9}{hbm:>9}{mfu:>9}");
+                canvas.line(&canvas::cut(&row));
             }
             (None, why) => {
                 let why = clean(why.as_deref().unwrap_or("not measured"));
