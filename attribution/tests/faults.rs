@@ -2,7 +2,7 @@
 
 mod generator;
 
-use generator::{Fault, Scenario, make};
+use generator::{Fault, LEAN, Scenario, make};
 use stallscope_attribution::cause::Cause;
 use stallscope_attribution::job::{JobAnalysis, Verdict, analyse};
 use stallscope_attribution::leaf::Leaf;
@@ -200,6 +200,18 @@ fn loud_faults_are_named_on_a_noisy_host() {
         each(&FAULTS[..11], |scenario| scenario.host_noise_us = 8000),
         right,
     );
+}
+
+#[test]
+fn loud_faults_of_a_lean_job_are_named() {
+    all(each(&FAULTS, |scenario| scenario.shape = LEAN), right);
+    all(
+        each(&FAULTS, |scenario| {
+            (scenario.shape, scenario.active.0) = (LEAN, 0)
+        }),
+        right,
+    );
+    all(each(&CONTROLS, |scenario| scenario.shape = LEAN), right);
 }
 
 #[test]

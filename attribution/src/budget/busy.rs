@@ -11,8 +11,8 @@ const COMPUTE_SM_PPM: u64 = 950_000;
 const COMPUTE_OF_HIGHEST_PPM: u64 = 970_000;
 /// Least the mean can be of the highest.
 const COMPUTE_LEAST_PPM: u64 = 900_000;
-/// SMs a collective's kernel holds: NCCL's channels, usually 24 on Hopper, between 8 and 32.
-const COMM_SMS: [u64; 3] = [8, 24, 32];
+/// SMs a collective's kernel holds: NCCL's channels, usually 16 or 24 on Hopper, between 8 and 32.
+const COMM_SMS: [u64; 3] = [8, 20, 32];
 /// SMs assumed where the device is unknown.
 const SM_COUNT: u64 = 132;
 /// A foreign process below this share of SM time does not disturb the split, parts per million.
@@ -61,7 +61,8 @@ pub(super) fn exposed_comm(
     };
     let sms = profile.sm_count.map_or(SM_COUNT, u64::from).max(1);
     let comm_share = |compute: u64, comm_sms: u64| {
-        let compute = (compute + foreign_ppm).min(PPM);
+        // Another process takes its share of what compute would hold, and comes on top of a collective's few SMs.
+        let compute = ppm_of(compute, PPM - foreign_ppm) + foreign_ppm;
         let comm = (comm_sms * PPM / sms + foreign_ppm).min(compute);
         mul_div(
             busy_ns,
@@ -262,7 +263,7 @@ fn clock_effect(
         .value()
         .map_or(0, |activity| u64::from(activity.tensor_ppm));
     let least = mul_div(ppm_of(evidence.window.len_ns(), tensor_ppm), PPM, reachable_ppm).min(compute_ns);
-    let scaling = least + (compute_ns - least) / 4 * 3;
+    let scaling = least + (compute_ns - least) / 8 * 7;
     // No clock gains more than the time it had: a reading beyond that is wrong and must not run away.
     let effect = |ns: u64| {
         let all = i128::from(ns);

@@ -39,7 +39,7 @@ pub(super) struct Skew {
     pub(super) waited: Vec<Vec<u64>>,
     /// By aligned step: who was last, where somebody was.
     pub(super) last: Vec<Option<usize>>,
-    /// Sums to all waiting.
+    /// Sums to all waiting of steps that had a last rank.
     pub(super) moves: Vec<Move>,
 }
 
@@ -151,9 +151,9 @@ fn step_waiting(step: &AlignedStep<'_>, compute: &[i64]) -> Vec<u64> {
     }
 }
 
-/// The rank that waited least, where somebody waited.
+/// The rank that waited least, where somebody waited. Of one rank alone nobody knows for whom it waited.
 fn last_rank(step: &AlignedStep<'_>, waited: &[u64]) -> Option<usize> {
-    if waited.iter().all(|ns| *ns == 0) {
+    if step.present() < 2 || waited.iter().all(|ns| *ns == 0) {
         return None;
     }
     (0..waited.len())

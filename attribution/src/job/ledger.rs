@@ -231,7 +231,7 @@ fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
         .min()
         .filter(|_| nodes > 1);
     let slow = ledger.pressure != Pressure::None;
-    let ranks = ledger.ranks.len() as u64;
+    let ranks = ledger.ranks.iter().filter(|rank| rank.comm_bytes > 0).count() as u64;
     for (at, rank) in ledger.ranks.iter_mut().enumerate() {
         let rest = u64::try_from(class_ns(&rank.leaves, Class::Comm))
             .unwrap_or(0)

@@ -9,7 +9,7 @@ use super::verdict::{self, Case};
 use super::{Blame, GpuSummary, JobAnalysis, Tier, blame, regimes};
 use crate::budget::Budget;
 use crate::budget::arith::mul_div;
-use crate::cause::Cause;
+use crate::cause::{Cause, Place};
 use crate::facts::{Activity, GpuHistory, GpuSubject, JobFacts, PPM, StepMethod};
 use crate::leaf::Leaf;
 use crate::reading::Reading;
@@ -28,7 +28,8 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
         key(&a.subject).cmp(&key(&b.subject))
     });
     let subjects: Vec<&GpuSubject> = ranks.iter().map(|history| &history.subject).collect();
-    let mut nodes: Vec<&str> = subjects.iter().map(|subject| subject.node.as_str()).collect();
+    let working = ranks.iter().filter(|history| !history.steps.is_empty());
+    let mut nodes: Vec<&str> = working.map(|history| history.subject.node.as_str()).collect();
     nodes.sort_unstable();
     nodes.dedup();
 
@@ -63,7 +64,7 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
         kind: facts.kind.clone(),
         observed: observed(&ranks),
         tier: tier(&ranks),
-        blame: blames(&subjects, &ledgers),
+        blame: blames(&subjects, &ledgers, &totals),
         verdicts,
         gaps,
         mfu_ppm: ideal_ns
@@ -163,8 +164,9 @@ fn tier(ranks: &[&GpuHistory]) -> Tier {
     }
 }
 
-/// Waiting by who caused it, largest first; sums to all `comm.skew`.
-fn blames(subjects: &[&GpuSubject], ledgers: &[Ledger]) -> Vec<Blame> {
+/// Waiting by who caused it, largest first; sums to all `comm.skew`. Waiting in steps that no other rank's record shows
+/// stays with nobody.
+fn blames(subjects: &[&GpuSubject], ledgers: &[Ledger], totals: &[Budget]) -> Vec<Blame> {
     let mut costs: BTreeMap<(usize, Leaf), (u64, Cause)> = BTreeMap::new();
     for ledger in ledgers {
         for (at, rank) in ledger.ranks.iter().enumerate() {
@@ -184,6 +186,18 @@ fn blames(subjects: &[&GpuSubject], ledgers: &[Ledger]) -> Vec<Blame> {
             cost_ns,
         })
         .collect();
+    let waited: i64 = totals.iter().map(|total| total.leaf_ns(Leaf::CommSkew)).sum();
+    let moved: u64 = blame.iter().map(|blame| blame.cost_ns).sum();
+    let unresolved = u64::try_from(waited).unwrap_or(0).saturating_sub(moved);
+    if unresolved > 0 {
+        let place = Place::default();
+        blame.push(Blame {
+            place,
+            leaf: Leaf::CommSkew,
+            cause: Cause::Unknown,
+            cost_ns: unresolved,
+        });
+    }
     blame.sort_by(|a, b| {
         b.cost_ns
             .cmp(&a.cost_ns)

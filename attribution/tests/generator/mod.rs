@@ -109,7 +109,47 @@ pub(crate) struct Scenario {
     pub(crate) seed: u64,
     /// Mean of the host's random delays, us.
     pub(crate) host_noise_us: u64,
+    /// The job without the fault.
+    pub(crate) shape: Shape,
 }
+
+/// An undisturbed step, us.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    pub(crate) wait_us: u64,
+    pub(crate) start_us: u64,
+    pub(crate) compute_us: u64,
+    pub(crate) comm_us: u64,
+    pub(crate) issue_us: u64,
+    pub(crate) launches: u64,
+    /// SM share of a collective's kernel, ppm.
+    pub(crate) comm_sm_ppm: u64,
+    pub(crate) worker_cpu_ppm: u64,
+}
+
+/// Three quarters compute, a seventh exposed communication.
+pub(crate) const USUAL: Shape = Shape {
+    wait_us: 8_000,
+    start_us: 10_000,
+    compute_us: 270_000,
+    comm_us: 50_000,
+    issue_us: 70_000,
+    launches: 1200,
+    comm_sm_ppm: 160_000,
+    worker_cpu_ppm: 600_000,
+};
+
+/// Hardly anything but compute; few and long kernels.
+pub(crate) const LEAN: Shape = Shape {
+    wait_us: 600,
+    start_us: 2_500,
+    compute_us: 330_000,
+    comm_us: 8_000,
+    issue_us: 5_000,
+    launches: 190,
+    comm_sm_ppm: 121_212,
+    worker_cpu_ppm: 90_000,
+};
 
 impl Scenario {
     pub(crate) fn new(fault: Fault) -> Self {
@@ -122,6 +162,7 @@ impl Scenario {
             dose: 100,
             seed: 1,
             host_noise_us: 3000,
+            shape: USUAL,
         }
     }
 }
@@ -200,15 +241,20 @@ pub(crate) fn make(scenario: &Scenario) -> Made {
         let victim = usize::try_from(random.below(count as u64)).unwrap();
         let plans: Vec<(Plan, Plan)> = (0..count)
             .map(|rank| {
-                let base = base(&mut random, scenario.host_noise_us);
+                let base = base(&mut random, scenario);
                 (base, hurt(base, fault, scenario, rank, victim, &mut random))
             })
             .collect();
-        let mut comm_us = random.around(50_000, 80);
+        let mut comm_us = random.around(scenario.shape.comm_us, 80);
         let normal_comm_us = comm_us;
-        if let Fault::SlowLink { .. } = fault {
-            comm_us += 150_000 * scenario.dose / 100;
-        }
+        comm_us += scenario.dose / 2
+            * match fault {
+                Fault::SlowLink { .. } => 3_000,
+                // Starved communication threads and full CPUs slow everyone's collectives.
+                Fault::CpuQuota { .. } => 600,
+                Fault::LoaderCpu | Fault::Launch => 300,
+                _ => 0,
+            };
         let ready = |plan: &Plan| {
             plan.wait_us + plan.gc_us + plan.runnable_us + plan.start_us + plan.compute_us + plan.starved_us
         };
@@ -226,7 +272,7 @@ pub(crate) fn make(scenario: &Scenario) -> Made {
         }
         ports.extend(port_windows(scenario, fault, began, end, comm_us));
         for (rank, (_, plan)) in ranks.iter_mut().zip(plans) {
-            run(rank, plan, end);
+            run(rank, plan, end, &scenario.shape);
         }
     }
     let facts = JobFacts {
@@ -245,16 +291,17 @@ pub(crate) fn make(scenario: &Scenario) -> Made {
     Made { facts, cost_ppm }
 }
 
-fn base(random: &mut Random, noise_us: u64) -> Plan {
+fn base(random: &mut Random, scenario: &Scenario) -> Plan {
+    let (shape, noise_us) = (scenario.shape, scenario.host_noise_us);
     Plan {
-        wait_us: random.around(8_000, 300),
+        wait_us: random.around(shape.wait_us, 300),
         runnable_us: random.delay(noise_us),
-        start_us: random.around(10_000, 200),
-        compute_us: random.around(270_000, 15),
-        issue_us: random.around(70_000, 100),
+        start_us: random.around(shape.start_us, 200),
+        compute_us: random.around(shape.compute_us, 15),
+        issue_us: random.around(shape.issue_us, 100),
         issue_runnable_us: random.delay(noise_us),
-        launches: 1200,
-        worker_cpu_ppm: random.around(600_000, 100),
+        launches: shape.launches,
+        worker_cpu_ppm: random.around(shape.worker_cpu_ppm, 100),
         worker_io_ppm: random.around(60_000, 300),
         mhz: 1830,
         ..Plan::default()
@@ -346,7 +393,7 @@ fn checkpoint(scenario: &Scenario, fault: Fault, step: usize, ranks: &mut [Rank]
     }
 }
 
-fn run(rank: &mut Rank, plan: Plan, end_us: u64) {
+fn run(rank: &mut Rank, plan: Plan, end_us: u64, shape: &Shape) {
     let start_us = rank.now_us;
     let foreign = plan.foreign_ppm;
     let mut push = |length_us: u64, busy: bool, sm_ppm: u64, tensor_ppm: u64| {
@@ -354,7 +401,12 @@ fn run(rank: &mut Rank, plan: Plan, end_us: u64) {
         rank.segments.push(Segment {
             end_us: rank.now_us,
             busy: busy || foreign > 0,
-            sm_ppm: (sm_ppm + foreign).min(1_000_000),
+            // A neighbour takes its share of wide kernels and comes on top of narrow ones.
+            sm_ppm: if sm_ppm > 500_000 {
+                sm_ppm * (1_000_000 - foreign) / 1_000_000
+            } else {
+                sm_ppm
+            } + foreign,
             tensor_ppm,
         });
         rank.now_us
@@ -366,7 +418,7 @@ fn run(rank: &mut Rank, plan: Plan, end_us: u64) {
         0,
     );
     // Compute in ten pieces, the second half with collectives beside it; starvation between them.
-    let slower = |ppm: u64| ppm * 270_000 / plan.compute_us.max(1);
+    let slower = |ppm: u64| ppm * shape.compute_us / plan.compute_us.max(1);
     for piece in 0..10 {
         push(
             plan.compute_us / 10,
@@ -376,7 +428,7 @@ fn run(rank: &mut Rank, plan: Plan, end_us: u64) {
         );
         now_us = push(plan.starved_us / 10, false, 0, 0);
     }
-    push(end_us.saturating_sub(now_us), true, 160_000, 0);
+    push(end_us.saturating_sub(now_us), true, shape.comm_sm_ppm, 0);
     rank.now_us = end_us;
     rank.steps.push((plan, StepTimes { start_us, end_us }));
 }

@@ -78,7 +78,34 @@ pub(in crate::job) fn costs(
             cost.moved[at] = cost.moved[at].saturating_add(moved);
         }
     }
+    stalled_communication(ledger, base, &mut costs);
     costs
+}
+
+/// A throttled rank's communication threads stand still with the rest of it, and every rank's collectives with them:
+/// what communication grew by is that rank's.
+fn stalled_communication(ledger: &Ledger, base: Option<&Ledger>, costs: &mut BTreeMap<Cause, Cost>) {
+    let throttled = |at: &usize| ledger.ranks[*at].throttled_ppm() >= THROTTLED_PPM;
+    let worst = (0..ledger.ranks.len())
+        .filter(throttled)
+        .max_by_key(|at| ledger.ranks[*at].throttled_ppm());
+    let (Some(worst), Some(base)) = (worst, base) else {
+        return;
+    };
+    let Some(cost) = costs
+        .get_mut(&Cause::HostCpu)
+        .filter(|_| ledger.pressure == Pressure::None)
+    else {
+        return;
+    };
+    let moving = |rank: &RankLedger| {
+        rank.leaf(Leaf::CommTransfer)
+            .saturating_add(rank.leaf(Leaf::CommProto))
+    };
+    let grown = ledger.ranks.iter().zip(&base.ranks).map(|(rank, healthy)| {
+        moving(rank).saturating_sub(mul_div(moving(healthy), rank.steps, healthy.steps.max(1)))
+    });
+    cost.moved[worst] = cost.moved[worst].saturating_add(grown.sum());
 }
 
 /// The cause a rank's leaf stands for, given the facts about the rank; `None` for leaves that are no loss.
