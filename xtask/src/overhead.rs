@@ -2,10 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::shell;
@@ -17,12 +20,16 @@ const STATS_SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
 const TICKS_PER_S: f64 = 100.0;
 
 /// What was measured over a run.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct Overhead {
     /// CPU time of the busiest agent as a share of one core.
     pub agent_cpu_share: f64,
     /// Peak resident memory of the largest agent, bytes.
     pub agent_rss_bytes: u64,
+    /// Observations that the agents handled, per second of the run.
+    pub records_per_s: f64,
+    /// Records and messages lost anywhere on the way.
+    pub lost: u64,
     /// Runs of all programs, per second of the run.
     pub probe_hits_per_s: f64,
     /// CPU time of all programs, as a share of one core.
@@ -43,23 +50,45 @@ pub struct ProgramCost {
     pub mean_ns: Option<u64>,
 }
 
+/// An agent to measure.
+#[derive(Debug, Clone)]
+pub struct Watched {
+    /// Its process.
+    pub pid: u32,
+    /// Its control socket.
+    pub socket: PathBuf,
+}
+
 /// A measurement that is under way. Dropping it turns the kernel's statistics off again.
 #[derive(Debug)]
 pub struct Meter {
     started: Instant,
-    agents: BTreeMap<u32, f64>,
+    agents: Vec<(Watched, Reading)>,
     stats: Result<StatsSwitch, String>,
+}
+
+/// The counters of one agent at some time.
+#[derive(Debug, Clone, Copy, Default)]
+struct Reading {
+    cpu_s: f64,
+    records: u64,
+    lost: u64,
+    peak_resident_bytes: u64,
 }
 
 impl Meter {
     /// Starts measuring these agents.
     #[must_use]
-    pub fn start(agents: &[u32]) -> Self {
+    pub fn start(agents: Vec<Watched>) -> Self {
+        let before = |agent: &Watched| Reading {
+            cpu_s: cpu_seconds(agent.pid).unwrap_or(0.0),
+            ..Reading::default()
+        };
         Self {
             started: Instant::now(),
             agents: agents
-                .iter()
-                .map(|&pid| (pid, cpu_seconds(pid).unwrap_or(0.0)))
+                .into_iter()
+                .map(|agent| (agent.clone(), before(&agent)))
                 .collect(),
             stats: StatsSwitch::on().map_err(|error| format!("{error:#}")),
         }
@@ -69,43 +98,71 @@ impl Meter {
     #[must_use]
     pub fn read(&self) -> Overhead {
         let seconds = self.started.elapsed().as_secs_f64().max(f64::EPSILON);
-        let mut not_measured = Vec::new();
-        let mut share = 0.0_f64;
-        let mut rss = 0;
-        for (&pid, &before) in &self.agents {
-            match cpu_seconds(pid).and_then(|now| Ok((now, peak_resident_bytes(pid)?))) {
-                Ok((now, bytes)) => {
-                    share = share.max((now - before) / seconds);
-                    rss = rss.max(bytes);
+        let mut overhead = Overhead::default();
+        let mut records = 0;
+        for (agent, before) in &self.agents {
+            match Reading::of(agent) {
+                Ok(now) => {
+                    overhead.agent_cpu_share =
+                        overhead.agent_cpu_share.max((now.cpu_s - before.cpu_s) / seconds);
+                    overhead.agent_rss_bytes = overhead.agent_rss_bytes.max(now.peak_resident_bytes);
+                    overhead.lost += now.lost;
+                    records += now.records;
                 }
-                Err(error) => not_measured.push(format!("agent {pid}: {error:#}")),
+                Err(error) => overhead
+                    .not_measured
+                    .push(format!("agent {}: {error:#}", agent.pid)),
             }
         }
         let costs = match &self.stats {
-            Ok(_) => program_costs(&self.agents.keys().copied().collect::<Vec<_>>())
-                .map_err(|error| format!("{error:#}")),
+            Ok(_) => program_costs(&self.agents).map_err(|error| format!("{error:#}")),
             Err(error) => Err(error.clone()),
         };
         let costs = costs.unwrap_or_else(|error| {
-            not_measured.push(format!("programs: {error}"));
+            overhead.not_measured.push(format!("programs: {error}"));
             Vec::new()
         });
-        let hits: u64 = costs.iter().map(|cost| cost.hits).sum();
-        let run_ns: u64 = costs.iter().map(|cost| cost.run_ns).sum();
-        #[expect(
-            clippy::cast_precision_loss,
-            reason = "rates need no more than a double's 52 bits"
-        )]
-        let (hits_per_s, cpu_share) = (hits as f64 / seconds, run_ns as f64 / 1e9 / seconds);
-        Overhead {
-            agent_cpu_share: share,
-            agent_rss_bytes: rss,
-            probe_hits_per_s: hits_per_s,
-            probe_cpu_share: cpu_share,
-            bpf: by_name(&costs),
-            not_measured,
-        }
+        overhead.records_per_s = per_second(records, seconds);
+        overhead.probe_hits_per_s = per_second(costs.iter().map(|cost| cost.hits).sum(), seconds);
+        overhead.probe_cpu_share = per_second(costs.iter().map(|cost| cost.run_ns).sum(), seconds) / 1e9;
+        overhead.bpf = by_name(&costs);
+        overhead
     }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "rates need no more than a double's 52 bits"
+)]
+fn per_second(count: u64, seconds: f64) -> f64 {
+    count as f64 / seconds
+}
+
+impl Reading {
+    fn of(agent: &Watched) -> Result<Self> {
+        let own = own_account(&agent.socket)
+            .with_context(|| format!("no answer from {}", agent.socket.display()))?;
+        let count = |name: &str| own[name].as_u64().unwrap_or(0);
+        Ok(Self {
+            cpu_s: cpu_seconds(agent.pid)?,
+            records: count("observations"),
+            lost: count("lost_records") + count("dropped_observations") + count("dropped_messages"),
+            peak_resident_bytes: peak_resident_bytes(agent.pid)?,
+        })
+    }
+}
+
+/// What the agent says about itself.
+fn own_account(socket: &Path) -> Result<serde_json::Value> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"\"status\"\n")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    let mut answer: serde_json::Value = serde_json::from_str(&answer)?;
+    let own = answer["status"]["own"].take();
+    ensure!(own.is_object(), "the agent answered something else: {answer}");
+    Ok(own)
 }
 
 /// Turns the kernel's statistics on, and off again when dropped, if they were off.
@@ -138,8 +195,11 @@ struct RawCost {
 }
 
 /// Costs of the programs that these processes hold.
-fn program_costs(pids: &[u32]) -> Result<Vec<RawCost>> {
-    let held: BTreeSet<u64> = pids.iter().flat_map(|&pid| program_ids(pid)).collect();
+fn program_costs(agents: &[(Watched, Reading)]) -> Result<Vec<RawCost>> {
+    let held: BTreeSet<u64> = agents
+        .iter()
+        .flat_map(|(agent, _)| program_ids(agent.pid))
+        .collect();
     let listing = shell::output(Command::new("bpftool").args(["--json", "prog", "show"]))?;
     let listing: Vec<serde_json::Value> =
         serde_json::from_str(&listing).context("bpftool printed no JSON")?;
@@ -227,6 +287,16 @@ mod tests {
         assert!(peak_resident_bytes(pid).unwrap() > 100_000);
         assert!(cpu_seconds(pid).unwrap() >= 0.0);
         assert!(cpu_seconds(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn an_agent_that_is_gone_is_named() {
+        let gone = Watched {
+            pid: u32::MAX,
+            socket: "/nonexistent/socket".into(),
+        };
+        let error = format!("{:#}", Reading::of(&gone).unwrap_err());
+        assert!(error.contains("/nonexistent/socket"), "{error}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::process::{Child, Namespace, inside};
 use super::virtual_nodes::{Node, Ready, VirtualNodes};
 use super::{interrupt, leftovers};
 use crate::build::Programs;
+use crate::overhead::Watched;
 use crate::paths::Paths;
 use crate::shell;
 
@@ -21,6 +22,9 @@ const PORT: u16 = 4433;
 
 /// The collector's name in its certificate.
 const COLLECTOR: &str = "collector";
+
+/// An agent's control socket, beside its configuration.
+const SOCKET: &str = "control.sock";
 
 /// A running cluster. Dropping it stops everything and removes what was left.
 pub struct Cluster {
@@ -49,6 +53,13 @@ impl Agent {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::pid)
+    }
+
+    /// What measuring it takes, unless it is stopped.
+    #[must_use]
+    pub fn watched(&self) -> Option<Watched> {
+        let socket = self.config.with_file_name(SOCKET);
+        self.pid().map(|pid| Watched { pid, socket })
     }
 
     /// The node it watches.
@@ -305,7 +316,7 @@ impl Cluster {
                 dir: &home.join("store"),
             },
             control: Control {
-                socket: &home.join("control.sock"),
+                socket: &home.join(SOCKET),
             },
         };
         let path = home.join("stallscope.toml");

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::cluster::{Agent, Cluster};
 use super::virtual_nodes::Event;
 use crate::judge::{self, Accusation, Truth};
-use crate::overhead::{Meter, Overhead};
+use crate::overhead::{Meter, Overhead, Watched};
 use crate::progress::Progress;
 
 /// How often the live report is asked for.
@@ -82,8 +82,8 @@ pub fn observe(
 }
 
 fn start_meter(cluster: &Cluster) -> Option<Meter> {
-    let pids: Vec<u32> = cluster.agents().iter().filter_map(Agent::pid).collect();
-    (!pids.is_empty()).then(|| Meter::start(&pids))
+    let agents: Vec<Watched> = cluster.agents().iter().filter_map(Agent::watched).collect();
+    (!agents.is_empty()).then(|| Meter::start(agents))
 }
 
 fn finish(
