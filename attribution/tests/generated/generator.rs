@@ -654,7 +654,15 @@ fn samples(rank: &Rank, phase_us: u64, seed: u64) -> Vec<(u64, [u64; 3])> {
 fn average(samples: &[(u64, [u64; 3])], start_us: u64, end_us: u64, highest: u64) -> Activity {
     let mut sums = [0_u64; 3];
     let mut weight = 0;
-    for (at, (start, values)) in samples.iter().enumerate() {
+    let first = samples
+        .partition_point(|(start, _)| *start <= start_us)
+        .saturating_sub(1);
+    for (at, (start, values)) in samples
+        .iter()
+        .enumerate()
+        .skip(first)
+        .take_while(|(_, (start, _))| *start < end_us)
+    {
         let stop = samples.get(at + 1).map_or(start + SAMPLE_US, |(next, _)| *next);
         let shared = stop.min(end_us).saturating_sub((*start).max(start_us));
         weight += shared;

@@ -1,8 +1,6 @@
 //! Generated jobs with one fault each: the right cause, the right place, no false culprit.
 
-mod generator;
-
-use generator::{Fault, LEAN, Scenario, make};
+use crate::generator::{Fault, LEAN, Scenario, make};
 use stallscope_attribution::cause::Cause;
 use stallscope_attribution::job::{JobAnalysis, Verdict, analyse};
 use stallscope_attribution::leaf::Leaf;

@@ -1,9 +1,7 @@
 //! What holds for every job: sums, conservation, and indifference to order.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-mod generator;
-
-use generator::{Fault, Scenario, make};
+use crate::generator::{Fault, Scenario, make};
 use proptest::prelude::*;
 use stallscope_attribution::budget::Budget;
 use stallscope_attribution::cause::Cause;
