@@ -3,10 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::observation::ProcessRole;
+use crate::sources::clock::monotonic_ns;
 
 const MS: u64 = 1_000_000;
 
@@ -429,4 +432,122 @@ fn the_real_proc_is_read() {
     assert!(discovery.due_ns() > 0);
     let mut none = Discovery::new("/nonexistent", None);
     assert_eq!(none.poll(0), []);
+}
+
+/// A program that says when it runs, loads its first argument when told to, forks when told to, and ends with its input.
+const PROGRAM: &str = r#"
+#include <dlfcn.h>
+#include <stdio.h>
+#include <unistd.h>
+int main(int count, char **arguments) {
+    (void)count;
+    char byte;
+    puts("ready");
+    fflush(stdout);
+    if (read(0, &byte, 1) != 1) return 1;
+    if (!dlopen(arguments[1], RTLD_NOW)) return 2;
+    if (read(0, &byte, 1) != 1) return 1;
+    if (fork() == 0) { while (read(0, &byte, 1) > 0) {} return 0; }
+    while (read(0, &byte, 1) > 0) {}
+    return 0;
+}
+"#;
+
+struct Live {
+    child: Child,
+    _dir: tempfile::TempDir,
+}
+
+impl Live {
+    fn start(environ: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let compile = |source: &str, out: &Path, shared: &[&str]| {
+            let at = dir.path().join("source.c");
+            std::fs::write(&at, source).unwrap();
+            assert!(
+                Command::new("cc")
+                    .args(shared)
+                    .arg("-o")
+                    .arg(out)
+                    .arg(&at)
+                    .arg("-ldl")
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        };
+        let (program, library) = (dir.path().join("trainer"), dir.path().join("libcuda.so.1"));
+        compile(PROGRAM, &program, &[]);
+        compile(
+            "int cuInit(unsigned flags) { return (int)flags; }",
+            &library,
+            &["-shared", "-fPIC"],
+        );
+        let mut child = Command::new(&program)
+            .arg(&library)
+            .envs(environ.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::io::BufRead::read_line(
+            &mut std::io::BufReader::new(child.stdout.as_mut().unwrap()),
+            &mut String::new(),
+        )
+        .unwrap();
+        Self { child, _dir: dir }
+    }
+
+    fn tell(&mut self) {
+        std::io::Write::write_all(self.child.stdin.as_mut().unwrap(), b"x").unwrap();
+    }
+}
+
+/// Polls as the agent does until an action satisfies `wanted`; how long that took.
+fn until(discovery: &mut Discovery, wanted: impl Fn(&Action) -> bool) -> Duration {
+    let begin = Instant::now();
+    loop {
+        if discovery.poll(monotonic_ns()).iter().any(&wanted) {
+            return begin.elapsed();
+        }
+        assert!(begin.elapsed() < Duration::from_secs(5), "not seen");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_live_process_is_seen_within_a_second_of_dlopen_fork_and_exit() {
+    let mut live = Live::start(&[
+        ("RANK", "1"),
+        ("WORLD_SIZE", "2"),
+        ("STALLSCOPE_JOB", "live"),
+        ("LOCAL_RANK", "0"),
+    ]);
+    let pid = live.child.id();
+    let mut discovery = Discovery::new("/proc", None);
+    discovery.poll(monotonic_ns());
+    assert!(discovery.traced().all(|facts| facts.key.pid != pid));
+
+    live.tell();
+    let second = Duration::from_secs(1);
+    let role = |action: &Action, role: ProcessRole, owner: Option<u32>| match action {
+        Action::Trace { facts, libraries } => {
+            let right = facts.role == role && facts.job.as_deref() == Some("live") && facts.rank == Some(1);
+            right && !libraries.is_empty() && facts.works_for.map(|key| key.pid) == owner
+        }
+        _ => false,
+    };
+    assert!(until(&mut discovery, |action| role(action, ProcessRole::Gpu, None)) < second);
+    live.tell();
+    assert!(
+        until(&mut discovery, |action| role(
+            action,
+            ProcessRole::Helper,
+            Some(pid)
+        )) < second
+    );
+    drop(live.child.stdin.take());
+    live.child.wait().unwrap();
+    let gone = |action: &Action| matches!(action, Action::Gone(key) if key.pid == pid);
+    assert!(until(&mut discovery, gone) < second);
 }

@@ -1,0 +1,122 @@
+#![expect(clippy::unwrap_used, reason = "tests")]
+use super::*;
+
+fn message(text: &str) -> String {
+    Config::parse(text, "f.toml").unwrap_err().to_string()
+}
+
+#[test]
+fn default_file_is_all_comments_and_parses_to_defaults() {
+    assert_eq!(
+        Config::parse(&default_file(), "default").unwrap(),
+        Config::default()
+    );
+}
+
+#[test]
+fn default_file_with_every_line_taken_in_is_valid_and_shows_the_defaults() {
+    let taken_in: String = default_file()
+        .lines()
+        .map(|line| {
+            line.strip_prefix('#')
+                .filter(|rest| !rest.starts_with(' '))
+                .unwrap_or(line)
+                .to_owned()
+                + "\n"
+        })
+        .collect();
+    let config = Config::parse(&taken_in, "default").unwrap();
+    assert_eq!(config.node.as_deref(), Some("node-17"));
+    assert!(config.stream.target().unwrap().is_some());
+    assert_eq!(config.nvml, Nvml::default());
+    assert_eq!(config.store, Store::default());
+    assert_eq!(config.control, Control::default());
+}
+
+#[test]
+fn unknown_keys_and_bad_values_name_their_line() {
+    let unknown = message("node = \"a\"\n\n[nvml]\nlibary = \"x\"\n");
+    assert!(
+        unknown.starts_with("f.toml:4: unknown field `libary`"),
+        "{unknown}"
+    );
+    let unknown_section = message("\n[nvlm]\n");
+    assert!(
+        unknown_section.starts_with("f.toml:2: unknown field `nvlm`"),
+        "{unknown_section}"
+    );
+    let range = message("[nvml]\nsample_ms = 5\n");
+    assert!(
+        range.starts_with("f.toml:2: 5 is out of range: 100 to 60000"),
+        "{range}"
+    );
+    let kind = message("[store]\n\nmax_bytes = \"lots\"\n");
+    assert!(kind.starts_with("f.toml:3: invalid type"), "{kind}");
+    let syntax = message("node = \n");
+    assert!(syntax.starts_with("f.toml:1: "), "{syntax}");
+    let relative = message("[scope]\ncgroup = \"slurm\"\n");
+    assert!(
+        relative.starts_with("f.toml:2: `slurm` must start with `/`"),
+        "{relative}"
+    );
+}
+
+#[test]
+fn a_collector_without_certificates_is_refused_at_its_line() {
+    let text = message("[stream]\nca = \"/x\"\ncollector = \"c:1\"\n");
+    assert!(text.starts_with("f.toml:3: stream.collector needs"), "{text}");
+}
+
+#[test]
+fn collector_addresses() {
+    assert_eq!(host_port("c.example:4433"), Some(("c.example", 4433)));
+    assert_eq!(host_port("[fe80::1]:1"), Some(("fe80::1", 1)));
+    for bad in [
+        "",
+        "c",
+        "c:",
+        ":1",
+        "c:0",
+        "c:65536",
+        "fe80::1:1",
+        "[fe80::1:1",
+        "[]:1",
+    ] {
+        assert_eq!(host_port(bad), None, "{bad}");
+    }
+}
+
+#[test]
+fn server_name_defaults_to_the_host() {
+    let text = "[stream]\ncollector='10.0.0.1:4433'\nca='a'\ncert='b'\nkey='c'\n";
+    let target = Config::parse(text, "f")
+        .unwrap()
+        .stream
+        .target()
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (target.host.as_str(), target.port, target.server_name.as_str()),
+        ("10.0.0.1", 4433, "10.0.0.1")
+    );
+}
+
+#[test]
+fn check_warns_of_files_that_are_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.toml");
+    std::fs::write(&path, "[probes]\nobject = \"/nonexistent/x.o\"\n").unwrap();
+    let (_, warnings) = check(&path).unwrap();
+    assert_eq!(warnings.len(), 1);
+    assert!(
+        warnings[0]
+            .text
+            .contains("c.toml:2: probes.object: /nonexistent/x.o"),
+        "{}",
+        warnings[0].text
+    );
+    assert!(matches!(
+        check(&dir.path().join("none")),
+        Err(ConfigError::Read { .. })
+    ));
+}
