@@ -1,6 +1,7 @@
 //! The probes on a process that does as it is told.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -214,4 +215,24 @@ impl Tracer {
     pub fn lost(&self) -> u64 {
         self.reader.lost().map(|(_, count)| count).sum()
     }
+}
+
+/// Compiles a file of `fixtures/` with the system's C compiler.
+///
+/// # Errors
+/// There is no compiler, or it refuses.
+pub fn compile(source: &str, arguments: &[&OsStr], output: &Path) -> Result<()> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(source);
+    let status = Command::new("cc")
+        .args(["-O1", "-g", "-Wall", "-Werror", "-o"])
+        .arg(output)
+        .arg(&source)
+        .args(arguments)
+        .arg("-pthread")
+        .status()
+        .context("there is no C compiler `cc`")?;
+    ensure!(status.success(), "{} does not compile", source.display());
+    Ok(())
 }

@@ -6,12 +6,14 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
 use aya::programs::{ProgramError, UProbe};
 
+use super::detach;
 use super::points::{Point, points};
 use super::symbols::{FirstInstruction, SymbolError, Symbols};
 use crate::sources::procs::{Library, LibraryId};
@@ -80,7 +82,7 @@ pub enum AttachError {
 }
 
 struct Links {
-    /// Dropped first: an entry without its return leaves a call open, a return without its entry nothing.
+    /// Detached first: an entry without its return leaves a call open, a return without its entry nothing.
     entries: Vec<UProbeLink>,
     returns: Vec<UProbeLink>,
 }
@@ -96,6 +98,8 @@ impl Drop for Links {
 #[derive(Default)]
 pub(super) struct Attachments {
     attached: HashMap<LibraryId, (Links, Attached)>,
+    /// Still detaching; attached anew before it is over, every call would be seen twice.
+    detaching: HashMap<LibraryId, JoinHandle<()>>,
     symbols: HashMap<FileIdentity, Symbols>,
 }
 
@@ -109,13 +113,29 @@ struct FileIdentity {
     modified_ns: i64,
 }
 
+impl Drop for Attachments {
+    fn drop(&mut self) {
+        self.attached.clear();
+        for (_, detaching) in self.detaching.drain() {
+            // A panic in dropping a link is not ours to repeat.
+            let _ = detaching.join();
+        }
+    }
+}
+
 impl Attachments {
     pub(super) fn ids(&self) -> impl Iterator<Item = LibraryId> {
         self.attached.keys().copied()
     }
 
     pub(super) fn release(&mut self, id: LibraryId) {
-        self.attached.remove(&id);
+        self.detaching.retain(|_, detaching| !detaching.is_finished());
+        let Some((links, _)) = self.attached.remove(&id) else {
+            return;
+        };
+        if let Some(detaching) = detach::in_background(move || drop(links)) {
+            self.detaching.insert(id, detaching);
+        }
     }
 
     pub(super) fn attach(&mut self, ebpf: &mut Ebpf, library: &Library) -> Result<Attached, AttachError> {
@@ -123,6 +143,10 @@ impl Attachments {
             return Ok(attached.clone());
         }
         let start = Instant::now();
+        if let Some(detaching) = self.detaching.remove(&library.id) {
+            // A panic in dropping a link is not ours to repeat.
+            let _ = detaching.join();
+        }
         let open = |source| AttachError::Open {
             shown: library.shown.clone(),
             pid: library.pid,

@@ -19,6 +19,7 @@
 
 mod attach;
 mod decode;
+mod detach;
 mod filter;
 mod format;
 mod object;

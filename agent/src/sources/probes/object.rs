@@ -13,6 +13,7 @@ use aya::programs::{Program, ProgramError, TracePoint, UProbe};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use super::attach::{AttachError, Attached, Attachments};
+use super::detach;
 use super::filter::{Filter, FilterError};
 use super::format;
 use super::points::{Hook, PROGRAMS, ProgramSpec, When};
@@ -164,14 +165,14 @@ pub struct Loaded {
     pub health: Health,
 }
 
-/// Control of the loaded programs. Dropping it detaches everything.
+/// Control of the loaded programs. Dropping it detaches everything, which takes 10 to 100 ms a probe.
 pub struct Probes {
     attachments: Attachments,
     tracing: Vec<TracePointLink>,
     _always: Vec<TracePointLink>,
     filter: Filter,
     health: Health,
-    _run_time: Option<OwnedFd>,
+    run_time: Option<OwnedFd>,
     ebpf: Ebpf,
 }
 
@@ -230,7 +231,7 @@ impl Probes {
             _always: always,
             filter,
             health: health.clone(),
-            _run_time: None,
+            run_time: None,
             ebpf,
         };
         Ok(Loaded {
@@ -273,7 +274,8 @@ impl Probes {
     pub fn forget_process(&mut self, tgid: u32) {
         self.filter.remove(tgid);
         if self.filter.is_empty() {
-            self.tracing.clear();
+            let links = std::mem::take(&mut self.tracing);
+            drop(detach::in_background(move || drop(links)));
         }
     }
 
@@ -303,7 +305,7 @@ impl Probes {
     /// The kernel is older than 5.8 or refuses.
     pub fn count_runs(&mut self) -> io::Result<()> {
         let guard = aya::sys::enable_stats(aya::sys::Stats::RunTime).map_err(|error| error.io_error)?;
-        self._run_time = Some(guard);
+        self.run_time = Some(guard);
         Ok(())
     }
 
