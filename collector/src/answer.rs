@@ -45,15 +45,21 @@ impl Answers {
     }
 
     fn document(&self, facts: &JobFacts) -> report_response::Result {
-        let mut analysis = analyse(facts);
+        let analysis = analyse(facts);
+        let mut document = Document::from(&analysis);
         let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        for verdict in &mut analysis.verdicts {
-            // What the live analysis saw is the latest the onset can be.
+        // The document lists the verdicts in the order of the analysis.
+        for (shown, verdict) in document
+            .jobs
+            .iter_mut()
+            .flat_map(|job| &mut job.verdicts)
+            .zip(&analysis.verdicts)
+        {
             let held = history.held(&facts.job, verdict.cause, &verdict.place);
-            verdict.onset_ns = verdict.onset_ns.or(held.map(|held| held.first_seen_ns));
+            shown.first_seen_unix_ns = held.map(|held| held.first_seen_ns);
         }
         drop(history);
-        match Document::from(&analysis).to_json() {
+        match document.to_json() {
             Ok(json) => report_response::Result::DocumentJson(json.into()),
             Err(error) => {
                 report_response::Result::Failed(format!("report cannot be written as JSON: {error}"))

@@ -87,3 +87,75 @@ impl VerdictHistory {
         held.map(|((cause, place), held)| (cause, place, held))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use stallscope_attribution::cause::Confidence;
+    use stallscope_attribution::facts::JobFacts;
+    use stallscope_attribution::job::{Recovers, Verdict, analyse};
+
+    use super::*;
+
+    fn analysis(job: &str, verdicts: &[(Cause, &str)]) -> JobAnalysis {
+        let mut analysis = analyse(&JobFacts {
+            job: job.into(),
+            ..JobFacts::default()
+        });
+        let verdict = |(cause, node): &(Cause, &str)| Verdict {
+            cause: *cause,
+            place: Place {
+                node: Some((*node).into()),
+                ..Place::default()
+            },
+            cost_ns: 1,
+            share_ppm: 1,
+            confidence: Confidence::High,
+            evidence: vec![],
+            ruled_out: vec![],
+            confirm: String::new(),
+            recovers: Recovers::default(),
+            onset_ns: None,
+        };
+        analysis.verdicts = verdicts.iter().map(verdict).collect();
+        analysis
+    }
+
+    #[test]
+    fn a_verdict_that_comes_back_keeps_the_time_it_was_first_seen() {
+        let mut history = VerdictHistory::default();
+        let place = |node: &str| Place {
+            node: Some(node.into()),
+            ..Place::default()
+        };
+        let new = history.note(&analysis("job", &[(Cause::NetworkNic, "n1")]), 10);
+        assert_eq!(new, [(Cause::NetworkNic, place("n1"))]);
+        history.note(&analysis("job", &[(Cause::DataLoader, "n1")]), 20);
+        let new = history.note(
+            &analysis("job", &[(Cause::NetworkNic, "n1"), (Cause::NetworkNic, "n2")]),
+            30,
+        );
+        assert_eq!(new, [(Cause::NetworkNic, place("n2"))]);
+        let held = history
+            .held("job", Cause::NetworkNic, &place("n1"))
+            .expect("held");
+        assert_eq!((held.first_seen_ns, held.last_seen_ns, held.times), (10, 30, 2));
+        assert_eq!(history.held("other", Cause::NetworkNic, &place("n1")), None);
+        assert_eq!(history.of_job("job").count(), 3);
+    }
+
+    #[test]
+    fn jobs_and_verdicts_are_bounded() {
+        let mut history = VerdictHistory::default();
+        for index in 0..1000_u64 {
+            history.note(&analysis("job", &[(Cause::HostCpu, &format!("n{index}"))]), index);
+            history.note(&analysis(&format!("job{index}"), &[]), index);
+        }
+        assert_eq!(history.of_job("job").count(), MAX_PER_JOB);
+        assert_eq!(history.jobs.len(), MAX_JOBS);
+        let newest = Place {
+            node: Some("n999".into()),
+            ..Place::default()
+        };
+        assert!(history.held("job", Cause::HostCpu, &newest).is_some());
+    }
+}

@@ -19,6 +19,7 @@ use crate::lab::{self, Authority};
 use crate::spool::MemorySpool;
 
 const STEP_NS: u64 = 100_000_000;
+static JOB_END_NS: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
 
 fn unix_ns() -> u64 {
     std::time::SystemTime::now()
@@ -27,7 +28,7 @@ fn unix_ns() -> u64 {
         .as_nanos() as u64
 }
 
-/// The messages of one node of a job: its GPU, then steps up to now.
+/// The messages of one node of a job: its GPU, then steps that end about now, at the same time on every node.
 fn job_records(node: &str, rank: u32, steps: u64) -> Vec<Record> {
     let subject = GpuSubject {
         job: "llm".into(),
@@ -39,7 +40,7 @@ fn job_records(node: &str, rank: u32, steps: u64) -> Vec<Record> {
         world: 2,
         pid: 100 + rank,
     };
-    let start_ns = unix_ns() - steps * STEP_NS;
+    let start_ns = *JOB_END_NS.get_or_init(unix_ns) - steps * STEP_NS;
     let mut leaves = [0; Leaf::COUNT];
     leaves[Leaf::IdleDataCpu.index()] = 30_000_000;
     leaves[Leaf::ComputeKernel.index()] = STEP_NS as i64 - 30_000_000;
@@ -139,12 +140,12 @@ async fn two_nodes_become_one_report_that_survives_a_restart() {
 
     let again = lab::collector(&authority, &store).await;
     let mut second = document(ask(&again, &authority, "llm").await);
-    // Verdicts seen live by the first collector carry its first-seen time.
+    // Each collector has its own memory of when its live analysis first gave a verdict.
     let mut first = first;
     for job in first.jobs.iter_mut().chain(&mut second.jobs) {
-        job.verdicts
-            .iter_mut()
-            .for_each(|verdict| verdict.onset_unix_ns = None);
+        for verdict in &mut job.verdicts {
+            verdict.first_seen_unix_ns = None;
+        }
     }
     assert_eq!(first, second, "read back from disk, the report is the same");
     again.stop().await;

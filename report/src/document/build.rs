@@ -204,6 +204,7 @@ impl From<&job::Verdict> for Verdict {
                 mfu_points,
             },
             onset_unix_ns: verdict.onset_ns,
+            first_seen_unix_ns: None,
         }
     }
 }

@@ -218,6 +218,9 @@ pub struct Verdict {
     /// When it began; `null` when no beginning was seen.
     #[serde(default)]
     pub onset_unix_ns: Option<u64>,
+    /// When a live analysis first gave this verdict; absent when none did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_seen_unix_ns: Option<u64>,
 }
 
 /// A place; parts that are not known or not meant are `null`.
