@@ -20,8 +20,8 @@ use crate::stats::{Stats, StatsSnapshot};
 use crate::store::{SegmentStore, StoreError};
 use crate::tls::{Identity, IdentityError};
 
-/// A client that says nothing for this long is gone; agents say something every few seconds.
-const IDLE: Duration = Duration::from_secs(8);
+/// A client that says nothing for this long is gone; agents say something every second or two.
+const IDLE: Duration = Duration::from_secs(5);
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Why a collector cannot start.

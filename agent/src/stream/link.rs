@@ -17,9 +17,9 @@ use crate::config::StreamTarget;
 
 const READ_BYTES: usize = 64 << 10;
 /// Between two packets that keep an idle connection alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(2);
+const KEEP_ALIVE: Duration = Duration::from_millis(1500);
 /// A collector that is silent for this long is gone.
-const IDLE: Duration = Duration::from_secs(8);
+const IDLE: Duration = Duration::from_secs(5);
 /// Base of the codes with which TLS alerts travel in QUIC (RFC 9001, section 4.8).
 const CRYPTO_ERRORS: std::ops::Range<u64> = 0x100..0x200;
 
