@@ -143,7 +143,7 @@ impl Ledger {
 }
 
 /// A regime is compared with one whose steps are shorter by this many parts per million of it.
-const HEALTHIER_PPM: u64 = 90_000;
+const HEALTHIER_PPM: u64 = 55_000;
 
 /// The ledgers of all regimes, communication split into waiting, transfer, slow network and the rest.
 pub(super) fn ledgers(

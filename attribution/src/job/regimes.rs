@@ -1,14 +1,14 @@
 //! Stretches of steps of one length: where a fault begins and ends.
 //!
 //! The segmentation with the least absolute deviation from the medians, each cut verified: the medians differ by more
-//! than a tenth and the steps of each side lie on its own side of the middle. Single slow steps cut nothing.
+//! than six in a hundred and the steps of each side lie on its own side of the middle. Single slow steps cut nothing.
 
 use core::ops::Range;
 
 use super::align::{AlignedStep, median};
 
 /// Least difference of medians, parts per million of the smaller.
-const DIFFERENCE_PPM: u64 = 100_000;
+const DIFFERENCE_PPM: u64 = 60_000;
 /// Share of steps that must lie on their side's half, percent.
 const SEPARATED_PERCENT: usize = 75;
 /// A side has at least this many steps, or lasts this long.
@@ -183,9 +183,9 @@ mod tests {
     }
 
     #[test]
-    fn a_change_below_a_tenth_is_noise() {
+    fn a_small_change_is_noise() {
         assert_eq!(
-            split(&[noisy(400, 40, 10, 1), noisy(430, 40, 10, 2)].concat()),
+            split(&[noisy(400, 40, 10, 1), noisy(420, 40, 10, 2)].concat()),
             vec![0..80]
         );
     }
