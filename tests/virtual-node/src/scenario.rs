@@ -221,7 +221,7 @@ impl Fault {
         match self.name {
             FaultKind::None => 0.0,
             FaultKind::LoaderCpu | FaultKind::Storage | FaultKind::Launch => pick(160.0, 112.0, 80.0),
-            FaultKind::CpuQuota => pick(7.0, 11.0, 60.0),
+            FaultKind::CpuQuota => pick(5.0, 9.0, 30.0),
             FaultKind::SlowLink => {
                 let bits = job.gradient_bytes() as f64 * 8.0;
                 bits / (job.step_s() * pick(1.3, 0.25, 0.05)) / 1e6

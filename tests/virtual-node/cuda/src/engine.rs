@@ -54,6 +54,7 @@ unsafe impl Send for Collective {}
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CollectiveEnd {
+    pub(crate) arrived_ns: u64,
     pub(crate) all_arrived_ns: u64,
     pub(crate) moved_ns: u64,
     pub(crate) end_ns: u64,
@@ -674,6 +675,7 @@ impl State {
             end_ns,
             bytes: running.collective.bytes,
             wire_bytes: running.collective.wire_bytes,
+            arrived_ns: end.arrived_ns,
             all_arrived_ns: end.all_arrived_ns,
             moved_ns: end.moved_ns,
             comm: running.collective.comm,

@@ -21,6 +21,7 @@ pub(crate) struct Kernel {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct End {
+    pub(crate) arrived_ns: u64,
     pub(crate) all_arrived_ns: u64,
     pub(crate) moved_ns: u64,
     pub(crate) end_ns: u64,

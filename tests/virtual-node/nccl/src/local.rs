@@ -88,6 +88,7 @@ impl Meeting {
         let (slot, turn) = self.slot(sequence);
         wait_until(&slot.ended, turn + 1, aborted)?;
         Ok(End {
+            arrived_ns: 0,
             all_arrived_ns: slot.all_arrived_ns.load(SeqCst),
             moved_ns: slot.moved_ns.load(SeqCst),
             end_ns: slot.end_ns.load(SeqCst),
@@ -142,6 +143,7 @@ mod tests {
             other.arrive(sequence, 20 + sequence);
             assert_eq!(meeting.wait_arrivals(sequence, 2, &|| false), Ok(20 + sequence));
             let end = End {
+                arrived_ns: 0,
                 all_arrived_ns: sequence,
                 moved_ns: sequence + 1,
                 end_ns: sequence + 2,

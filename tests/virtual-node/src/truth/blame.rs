@@ -55,15 +55,15 @@ pub(super) fn move_skew(ranks: &[Rank]) -> Vec<StepBlame> {
 
 type Key = (u64, u64);
 
-/// The rank that started each collective last.
+/// The rank that came last to each collective.
 fn last_arrivals(ranks: &[Rank]) -> HashMap<Key, usize> {
     let mut last: HashMap<Key, (u64, usize)> = HashMap::new();
     for (index, rank) in ranks.iter().enumerate() {
         for record in &rank.collectives {
             let entry = last
                 .entry((record.comm, record.sequence))
-                .or_insert((record.start_ns, index));
-            *entry = (*entry).max((record.start_ns, index));
+                .or_insert((record.arrived_ns, index));
+            *entry = (*entry).max((record.arrived_ns, index));
         }
     }
     last.into_iter().map(|(key, (_, rank))| (key, rank)).collect()
@@ -158,6 +158,7 @@ mod tests {
         };
         let reduce = Record {
             start_ns: compute_ns,
+            arrived_ns: compute_ns,
             end_ns: 100,
             all_arrived_ns: 90,
             moved_ns: 100,

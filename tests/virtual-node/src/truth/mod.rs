@@ -118,8 +118,8 @@ impl Story {
         let wanted = |rank: usize, leaf: Leaf| {
             let at_place =
                 u32::try_from(rank).is_ok_and(|rank| switch.fault.hits(&plan.scenario.topology, rank));
-            // A slow link is felt by everyone whose bytes pass it.
-            let anywhere = switch.fault.name == FaultKind::SlowLink;
+            // A slow link is felt by everyone whose bytes pass it; so is a starved thread that carries them.
+            let anywhere = leaf == "comm.net";
             (at_place || anywhere) && leaves_of(switch.fault.name).contains(&leaf)
         };
         let before = self.share(self.from_ns, first_onset_ns, &wanted).unwrap_or(0.0);
@@ -217,7 +217,13 @@ fn leaves_of(fault: FaultKind) -> &'static [&'static str] {
         FaultKind::LoaderCpu => &["idle.data.cpu", "idle.cpu.sched"],
         FaultKind::Storage => &["idle.data.storage"],
         FaultKind::Launch => &["idle.launch", "idle.cpu.sched"],
-        FaultKind::CpuQuota => &["idle.cpu.sched", "idle.launch", "idle.data.cpu"],
+        FaultKind::CpuQuota => &[
+            "idle.cpu.sched",
+            "idle.launch",
+            "idle.data.cpu",
+            "comm.skew",
+            "comm.net",
+        ],
         FaultKind::SlowLink => &["comm.net"],
         FaultKind::Thermal => &["compute.clock"],
         FaultKind::CoTenant => &["compute.contention"],

@@ -22,7 +22,7 @@ impl Kind {
 }
 
 /// Words of a record on disk.
-const WORDS: usize = 17;
+const WORDS: usize = 18;
 
 /// One thing that ran on the GPU. Fields that do not apply are 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct Record {
     pub bytes: u64,
     /// Bytes each node has to send to the next (collectives).
     pub wire_bytes: u64,
+    /// When this rank arrived as its peers saw it: later than the start when its host got no processor (collectives).
+    pub arrived_ns: u64,
     /// When the last rank arrived (collectives).
     pub all_arrived_ns: u64,
     /// When the bytes had moved between nodes (collectives).
@@ -80,6 +82,7 @@ impl Record {
             clock_mhz: 0,
             bytes: 0,
             wire_bytes: 0,
+            arrived_ns: 0,
             all_arrived_ns: 0,
             moved_ns: 0,
             comm: 0,
@@ -102,6 +105,7 @@ impl Record {
             self.clock_mhz,
             self.bytes,
             self.wire_bytes,
+            self.arrived_ns,
             self.all_arrived_ns,
             self.moved_ns,
             self.comm,
@@ -128,6 +132,7 @@ impl Record {
             clock_mhz,
             bytes,
             wire_bytes,
+            arrived_ns,
             all_arrived_ns,
             moved_ns,
             comm,
@@ -147,6 +152,7 @@ impl Record {
             clock_mhz,
             bytes,
             wire_bytes,
+            arrived_ns,
             all_arrived_ns,
             moved_ns,
             comm,
