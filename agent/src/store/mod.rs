@@ -2,9 +2,24 @@
 //!
 //! Every message that leaves the timeline is appended here first, with a sequence number that never repeats within
 //! one store directory. The stream reads from the same ring, so that a collector that was away catches up.
+//!
+//! On disk: `identity` (the epoch), `acknowledged` (how far the collector has everything, and what was dropped before
+//! it had it) and `segments/`, files of CRC-framed envelopes named by their first sequence number. Every run of the
+//! agent begins a segment, and every segment announces the subjects it uses, so each can be read on its own.
+
+mod read_back;
+mod ring;
+mod segment;
+#[cfg(test)]
+mod tests;
+mod writer;
 
 use bytes::Bytes;
 use tokio::sync::watch;
+
+pub use read_back::{Scope, StoredJobs, read_back};
+pub use ring::{AppendError, OpenError, Opened, Ring};
+pub use writer::{Writer, Written};
 
 /// What the stream reads from: messages by sequence number.
 ///

@@ -20,7 +20,7 @@ mod subject;
 mod workers;
 
 #[cfg(test)]
-mod synthetic;
+pub(crate) mod synthetic;
 #[cfg(test)]
 mod tests;
 

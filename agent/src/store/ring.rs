@@ -1,0 +1,457 @@
+//! Segments on disk, bounded in total; the oldest goes first.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use stallscope_proto::frame;
+use tokio::sync::watch;
+
+use super::segment::{Messages, Next, Segment};
+use super::{Spool, SpoolError};
+
+/// A segment is about this part of the ring.
+const SEGMENTS: u64 = 16;
+const LEAST_SEGMENT_BYTES: u64 = 64 << 10;
+const MOST_SEGMENT_BYTES: u64 = 8 << 20;
+
+/// Why the store cannot be opened. The agent runs on without it.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system refused.
+    #[error(
+        "failed to {doing} {}: {source}; nothing is kept on disk and nothing can be caught up after an outage, fix \
+         store.dir and restart the agent",
+        path.display()
+    )]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Another agent uses the directory.
+    #[error("{} is in use by another agent; set another store.dir", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// Why a message is not in the store.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// The system refused; what was written before is untouched.
+    #[error("failed to write to the store in {}: {source}; new history is lost until there is room", path.display())]
+    Io {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It does not fit a frame.
+    #[error("a message cannot be framed: {0}")]
+    Frame(#[from] frame::FrameError),
+    /// This run of the agent has announced as many subjects as it may.
+    #[error(
+        "too many processes used GPUs since the agent started: history of new ones is lost, restart the agent"
+    )]
+    TooManySubjects,
+}
+
+/// What opening found.
+#[derive(Debug)]
+pub struct Opened {
+    /// The ring.
+    pub ring: Ring,
+    /// Bytes of a torn last message that were cut off.
+    pub torn_bytes: u64,
+    /// Whether the directory is new.
+    pub is_new: bool,
+}
+
+/// The ring.
+#[derive(Debug)]
+pub struct Ring {
+    dir: PathBuf,
+    epoch: u64,
+    inner: Mutex<Inner>,
+    last: watch::Sender<u64>,
+    _lock: File,
+}
+
+#[derive(Debug)]
+struct Inner {
+    segments: VecDeque<Segment>,
+    active: Option<File>,
+    next_sequence: u64,
+    max_bytes: u64,
+    segment_bytes: u64,
+    acked: u64,
+    dropped_unacked: u64,
+    /// Where the last read ended: message after which, segment, byte.
+    cursor: Option<(u64, u64, u64)>,
+}
+
+impl Ring {
+    /// Opens the store in `dir`, made when missing; at most about `max_bytes` are used. `fresh_epoch` names the directory if it
+    /// is new: it should be random.
+    ///
+    /// # Errors
+    /// When the directory cannot be made, read or locked.
+    pub fn open(dir: &Path, max_bytes: u64, fresh_epoch: u64) -> Result<Opened, OpenError> {
+        let failed = |doing| {
+            move |path: &Path, source| OpenError::Io {
+                doing,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        let segments_dir = dir.join("segments");
+        std::fs::create_dir_all(&segments_dir).map_err(|source| failed("make")(&segments_dir, source))?;
+        let lock = lock(dir)?;
+        let identity = dir.join("identity");
+        let (epoch, is_new) = match read_numbers(&identity).as_deref() {
+            Some([epoch, ..]) => (*epoch, false),
+            _ => {
+                write_numbers(&identity, &[fresh_epoch])
+                    .map_err(|source| failed("write")(&identity, source))?;
+                (fresh_epoch, true)
+            }
+        };
+        let mut segments: VecDeque<Segment> = Segment::list(&segments_dir)
+            .map_err(|source| failed("list")(&segments_dir, source))?
+            .into();
+        let (next_sequence, torn_bytes) = mend_last(&segments_dir, &mut segments)
+            .map_err(|source| failed("mend")(&segments_dir, source))?;
+        let acknowledged = read_numbers(&dir.join("acknowledged")).unwrap_or_default();
+        let inner = Inner {
+            segments,
+            active: None,
+            next_sequence,
+            max_bytes,
+            segment_bytes: (max_bytes / SEGMENTS).clamp(LEAST_SEGMENT_BYTES, MOST_SEGMENT_BYTES),
+            acked: acknowledged.first().copied().unwrap_or(0).min(next_sequence - 1),
+            dropped_unacked: acknowledged.get(1).copied().unwrap_or(0),
+            cursor: None,
+        };
+        let ring = Self {
+            dir: dir.to_owned(),
+            epoch,
+            last: watch::channel(next_sequence - 1).0,
+            inner: Mutex::new(inner),
+            _lock: lock,
+        };
+        Ok(Opened {
+            ring,
+            torn_bytes,
+            is_new,
+        })
+    }
+
+    /// Ends the segment if it is full. Whether the next message begins one: its readers know nothing of what came
+    /// before. Segments begin nowhere else.
+    pub fn turn_page(&self) -> bool {
+        let mut inner = self.inner();
+        let full = inner
+            .segments
+            .back()
+            .is_none_or(|segment| segment.bytes >= inner.segment_bytes);
+        if full
+            && let Some(file) = inner.active.take()
+            && let Err(error) = file.sync_data()
+        {
+            tracing::warn!(%error, "the store's last segment may be lost if the node crashes now");
+        }
+        inner.active.is_none()
+    }
+
+    /// Appends the message that `encode` makes for the sequence number it is given.
+    ///
+    /// # Errors
+    /// When it cannot be written; the number is then given again, and nothing written before is touched.
+    pub fn append(&self, encode: impl FnOnce(u64) -> Bytes) -> Result<u64, AppendError> {
+        let mut inner = self.inner();
+        let sequence = inner.next_sequence;
+        let mut framed = BytesMut::new();
+        frame::encode(&encode(sequence), &mut framed)?;
+        let segments_dir = self.segments_dir();
+        inner
+            .write(&segments_dir, &framed)
+            .map_err(|source| AppendError::Io {
+                path: self.dir.clone(),
+                source,
+            })?;
+        inner.next_sequence += 1;
+        if inner.drop_oldest(&segments_dir) {
+            self.keep_acknowledged(&inner);
+        }
+        drop(inner);
+        self.last.send_replace(sequence);
+        Ok(sequence)
+    }
+
+    /// Brings everything written to the disk.
+    ///
+    /// # Errors
+    /// When the system cannot.
+    pub fn sync(&self) -> io::Result<()> {
+        match &self.inner().active {
+            Some(file) => file.sync_data(),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes on disk.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.inner().segments.iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// Number of the oldest message kept; one more than the newest when there is none.
+    #[must_use]
+    pub fn first_sequence(&self) -> u64 {
+        let inner = self.inner();
+        inner
+            .segments
+            .front()
+            .map_or(inner.next_sequence, |segment| segment.first)
+    }
+
+    fn segments_dir(&self) -> PathBuf {
+        self.dir.join("segments")
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Losing this file costs messages sent twice, so a failure to write it is not worth more than a line.
+    fn keep_acknowledged(&self, inner: &Inner) {
+        let path = self.dir.join("acknowledged");
+        if let Err(error) = write_numbers(&path, &[inner.acked, inner.dropped_unacked]) {
+            tracing::debug!(path = %path.display(), %error, "the acknowledged position is not kept");
+        }
+    }
+}
+
+impl Spool for Ring {
+    fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    fn next_after(
+        &self,
+        sequence: u64,
+        max_messages: usize,
+        max_bytes: usize,
+    ) -> Result<Vec<(u64, Bytes)>, SpoolError> {
+        self.inner()
+            .read_after(&self.segments_dir(), sequence, max_messages, max_bytes)
+    }
+
+    fn acked(&self, sequence: u64) {
+        let mut inner = self.inner();
+        let sequence = sequence.min(inner.next_sequence - 1);
+        if sequence > inner.acked {
+            inner.acked = sequence;
+            self.keep_acknowledged(&inner);
+        }
+    }
+
+    fn last_acked(&self) -> u64 {
+        self.inner().acked
+    }
+
+    fn dropped_unacked(&self) -> u64 {
+        self.inner().dropped_unacked
+    }
+
+    fn watch_last(&self) -> watch::Receiver<u64> {
+        self.last.subscribe()
+    }
+}
+
+impl Inner {
+    fn write(&mut self, dir: &Path, framed: &[u8]) -> io::Result<()> {
+        if self.active.is_none() {
+            self.begin_segment(dir)?;
+        }
+        let (Some(file), Some(segment)) = (&mut self.active, self.segments.back_mut()) else {
+            return Err(io::Error::other("no segment"));
+        };
+        if let Err(error) = file.write_all(framed) {
+            // Part of the frame may be there: cut it off, or end the segment so that it stays its tail.
+            if file.set_len(segment.bytes).is_err() {
+                self.active = None;
+            }
+            return Err(error);
+        }
+        segment.bytes += framed.len() as u64;
+        Ok(())
+    }
+
+    fn begin_segment(&mut self, dir: &Path) -> io::Result<()> {
+        if self.segments.back().is_some_and(|segment| segment.bytes == 0) {
+            self.segments.pop_back();
+        }
+        let segment = Segment {
+            first: self.next_sequence,
+            bytes: 0,
+        };
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(segment.path(dir))?;
+        file.set_len(0)?;
+        self.active = Some(file);
+        self.segments.push_back(segment);
+        Ok(())
+    }
+
+    /// Drops the oldest segments while there is too much; never the one written to. Whether any was dropped.
+    fn drop_oldest(&mut self, dir: &Path) -> bool {
+        let mut dropped = false;
+        while self.segments.len() > 1
+            && self.segments.iter().map(|segment| segment.bytes).sum::<u64>() > self.max_bytes
+        {
+            let Some(oldest) = self.segments.pop_front() else {
+                break;
+            };
+            let last = self
+                .segments
+                .front()
+                .map_or(self.next_sequence, |next| next.first)
+                - 1;
+            self.dropped_unacked += last.saturating_sub(self.acked.max(oldest.first - 1));
+            if let Err(error) = std::fs::remove_file(oldest.path(dir)) {
+                tracing::warn!(segment = Segment::name(oldest.first), %error, "an old segment cannot be removed");
+            }
+            dropped = true;
+        }
+        dropped
+    }
+
+    fn read_after(
+        &mut self,
+        dir: &Path,
+        sequence: u64,
+        max_messages: usize,
+        max_bytes: usize,
+    ) -> Result<Vec<(u64, Bytes)>, SpoolError> {
+        let mut found = Vec::new();
+        let mut wanted = sequence.saturating_add(1);
+        let mut bytes = 0;
+        while found.len() < max_messages && bytes < max_bytes && wanted < self.next_sequence {
+            // The segment that holds the wanted message; the oldest if it is gone.
+            let at = self
+                .segments
+                .partition_point(|segment| segment.first <= wanted)
+                .saturating_sub(1);
+            let Some(segment) = self.segments.get(at).cloned() else {
+                break;
+            };
+            let end = self
+                .segments
+                .get(at + 1)
+                .map_or(self.next_sequence, |next| next.first);
+            wanted = wanted.max(segment.first);
+            let (mut number, from) = match self.cursor {
+                Some((after, first, position)) if first == segment.first && after < wanted => {
+                    (after + 1, position)
+                }
+                _ => (segment.first, 0),
+            };
+            let failed = |source| SpoolError::Read {
+                segment: Segment::name(segment.first),
+                source,
+            };
+            let file = File::open(segment.path(dir)).map_err(failed)?;
+            let mut messages = Messages::new(file, from, segment.bytes).map_err(failed)?;
+            while found.len() < max_messages && bytes < max_bytes && number < end {
+                let Next::Message(body) = messages.next().map_err(failed)? else {
+                    // Damaged: what is left of this segment cannot be had.
+                    self.dropped_unacked += end - number.max(self.acked + 1).min(end);
+                    number = end;
+                    break;
+                };
+                if number >= wanted {
+                    bytes += body.len();
+                    found.push((number, body));
+                }
+                self.cursor = Some((number, segment.first, messages.position()));
+                number += 1;
+            }
+            wanted = wanted.max(number);
+        }
+        Ok(found)
+    }
+}
+
+/// One agent per directory: two would give the same numbers to different messages.
+fn lock(dir: &Path) -> Result<File, OpenError> {
+    let path = dir.join("lock");
+    let open = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
+    let file = open.map_err(|source| OpenError::Io {
+        doing: "open",
+        path: path.clone(),
+        source,
+    })?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse { path: dir.to_owned() }),
+        Err(error) => Err(OpenError::Io {
+            doing: "lock",
+            path,
+            source: error.into(),
+        }),
+    }
+}
+
+/// Cuts a torn tail off the last segment. Gives the next sequence number and the bytes cut off.
+fn mend_last(dir: &Path, segments: &mut VecDeque<Segment>) -> io::Result<(u64, u64)> {
+    let Some(last) = segments.back_mut() else {
+        return Ok((1, 0));
+    };
+    let path = last.path(dir);
+    let mut messages = Messages::new(File::open(&path)?, 0, last.bytes)?;
+    let mut next_sequence = last.first.max(1);
+    while let Next::Message(_) = messages.next()? {
+        next_sequence += 1;
+    }
+    let torn_bytes = last.bytes - messages.position();
+    if torn_bytes > 0 {
+        OpenOptions::new()
+            .write(true)
+            .open(&path)?
+            .set_len(messages.position())?;
+        last.bytes = messages.position();
+    }
+    Ok((next_sequence, torn_bytes))
+}
+
+/// Decimal numbers, one a line; `None` when the file is missing or holds anything else.
+fn read_numbers(path: &Path) -> Option<Vec<u64>> {
+    std::fs::read_to_string(path)
+        .ok()?
+        .lines()
+        .map(|line| line.parse().ok())
+        .collect()
+}
+
+/// Writes beside and renames, so that a crash leaves the old numbers or the new.
+fn write_numbers(path: &Path, numbers: &[u64]) -> io::Result<()> {
+    let text: String = numbers.iter().map(|number| format!("{number}\n")).collect();
+    let beside = path.with_extension("new");
+    std::fs::write(&beside, text)?;
+    std::fs::rename(beside, path)
+}
