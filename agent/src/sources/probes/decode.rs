@@ -405,3 +405,6 @@ fn file_io(thread: Thread, call: &FileIo) -> Result<Fact, Refusal> {
         blocked_ns: call.blocked_ns,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -243,3 +243,164 @@ fn classify(code: &[u8]) -> FirstInstruction {
 fn classify(_code: &[u8]) -> FirstInstruction {
     FirstInstruction::SingleStepped
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::io::Write as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const WANTED: &[&str] = &["ncclAllReduce", "ncclReduce", "absent"];
+    const CODE_AT: u64 = 0x200;
+    const ADDRESS: u64 = 0x7000_0200;
+
+    /// A section header's type, offset, size and linked section.
+    struct Section(u32, u64, u64, u32);
+
+    /// A library with two functions: code at `CODE_AT`, symbols and strings behind it.
+    fn library(value: u64, name_at: u32) -> Vec<u8> {
+        let strings = b"\0ncclAllReduce\0ncclReduce\0";
+        let symbols = [
+            (0u32, 0u8, 0u16, 0u64),
+            (name_at, 0x12, 1, value),
+            (15, 0x12, 1, ADDRESS + 8),
+        ];
+        let (symbols_at, strings_at, sections_at) = (0x300u64, 0x380u64, 0x400u64);
+        let mut file = vec![0u8; 0x600];
+        let mut put = |at: u64, bytes: &[u8]| {
+            let at = usize::try_from(at).unwrap();
+            file[at..at + bytes.len()].copy_from_slice(bytes);
+        };
+        put(0, b"\x7fELF\x02\x01\x01");
+        put(16, &3u16.to_le_bytes());
+        put(18, &MACHINE.to_le_bytes());
+        put(20, &1u32.to_le_bytes());
+        put(32, &64u64.to_le_bytes());
+        put(40, &sections_at.to_le_bytes());
+        for (at, value) in [(52u64, 64u16), (54, 56), (56, 1), (58, 64), (60, 3), (62, 2)] {
+            put(at, &value.to_le_bytes());
+        }
+        put(64, &PT_LOAD.to_le_bytes());
+        put(68, &(PF_X | 4).to_le_bytes());
+        for (at, value) in [(72u64, CODE_AT), (80, ADDRESS), (96, 0x100), (104, 0x100)] {
+            put(at, &value.to_le_bytes());
+        }
+        put(CODE_AT, &[0x55; 8]);
+        put(CODE_AT + 8, &[0x48, 0x8b, 0x05, 0, 0, 0, 0]);
+        for (index, (name, info, section, value)) in (0u64..).zip(symbols) {
+            put(symbols_at + 24 * index, &name.to_le_bytes());
+            put(symbols_at + 24 * index + 4, &[info]);
+            put(symbols_at + 24 * index + 6, &section.to_le_bytes());
+            put(symbols_at + 24 * index + 8, &value.to_le_bytes());
+        }
+        put(strings_at, strings);
+        let sections = [
+            Section(0, 0, 0, 0),
+            Section(SHT_DYNSYM, symbols_at, 24 * symbols.len() as u64, 2),
+            Section(object::elf::SHT_STRTAB, strings_at, strings.len() as u64, 0),
+        ];
+        for (index, Section(kind, offset, size, link)) in (0u64..).zip(sections) {
+            let at = sections_at + 64 * index;
+            put(at + 4, &kind.to_le_bytes());
+            put(at + 24, &offset.to_le_bytes());
+            put(at + 32, &size.to_le_bytes());
+            put(at + 40, &link.to_le_bytes());
+            put(at + 56, &24u64.to_le_bytes());
+        }
+        file
+    }
+
+    fn parse(file: &[u8]) -> Result<Symbols, SymbolError> {
+        Symbols::parse(file, WANTED)
+    }
+
+    #[test]
+    fn functions_are_found_at_their_file_offset() {
+        let symbols = parse(&library(ADDRESS, 1)).unwrap();
+        assert_eq!(symbols.len(), 2);
+        assert_eq!(symbols.get("ncclAllReduce").unwrap().file_offset, CODE_AT);
+        assert_eq!(symbols.get("ncclReduce").unwrap().file_offset, CODE_AT + 8);
+        assert_eq!(symbols.get("absent"), None);
+        #[cfg(target_arch = "x86_64")]
+        {
+            assert_eq!(
+                symbols.get("ncclAllReduce").unwrap().first,
+                FirstInstruction::Emulated
+            );
+            assert_eq!(
+                symbols.get("ncclReduce").unwrap().first,
+                FirstInstruction::SingleStepped
+            );
+        }
+    }
+
+    #[test]
+    fn the_same_is_found_through_a_file() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&library(ADDRESS, 1)).unwrap();
+        assert_eq!(Symbols::read(&file, WANTED).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_symbol_outside_of_the_code_is_not_found() {
+        for address in [0, ADDRESS - 1, ADDRESS + 0x100, u64::MAX] {
+            assert_eq!(parse(&library(address, 1)).unwrap().get("ncclAllReduce"), None);
+        }
+        assert_eq!(
+            parse(&library(ADDRESS, u32::MAX)).unwrap().get("ncclAllReduce"),
+            None
+        );
+    }
+
+    #[test]
+    fn what_is_no_library_is_named() {
+        assert!(matches!(parse(b""), Err(SymbolError::NotElf)));
+        assert!(matches!(parse(b"#!/bin/sh\n"), Err(SymbolError::NotElf)));
+        let mut other = library(ADDRESS, 1);
+        other[18] = 0xff;
+        assert!(matches!(parse(&other), Err(SymbolError::OtherMachine(_))));
+        let mut stripped = library(ADDRESS, 1);
+        stripped[0x400 + 64 + 4] = 1;
+        assert!(matches!(parse(&stripped), Err(SymbolError::NoTable)));
+    }
+
+    #[test]
+    fn a_table_of_absurd_size_is_refused_before_it_is_read() {
+        let mut huge = library(ADDRESS, 1);
+        huge[0x400 + 64 + 32..0x400 + 64 + 40].copy_from_slice(&(1u64 << 40).to_le_bytes());
+        assert!(matches!(parse(&huge), Err(SymbolError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn a_file_cut_at_any_byte_gives_an_error_or_fewer_symbols() {
+        let whole = library(ADDRESS, 1);
+        let sections_end = 0x400 + 3 * 64;
+        for length in 0..whole.len() {
+            let result = parse(&whole[..length]);
+            assert_eq!(
+                result.is_ok(),
+                length >= sections_end,
+                "cut at {length}: {result:?}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_files_never_panic(changes in prop::collection::vec((0usize..0x600, any::<u8>()), 1..40)) {
+            let mut file = library(ADDRESS, 1);
+            for (at, byte) in changes {
+                file[at] = byte;
+            }
+            if let Ok(symbols) = parse(&file) {
+                for name in WANTED {
+                    prop_assert!(symbols.get(name).is_none_or(|symbol| symbol.file_offset < 0x600));
+                }
+            }
+        }
+    }
+}
