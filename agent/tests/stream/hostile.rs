@@ -209,6 +209,28 @@ async fn random_bytes_never_stop_the_collector() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_sent_again_is_acknowledged_again_and_stored_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "ours");
+    let store = dir.path().join("store");
+    let collector = lab::collector(&authority, &store).await;
+    let mut client = Raw::connect(collector.local_addr().unwrap(), &authority.issue("n1")).await;
+    client.send.write_all(&hello("n1", SCHEMA)).await.unwrap();
+    for last in [2, 2, 3, 1, 3] {
+        let envelopes = (1..=last)
+            .map(|sequence| gap_record("n1", 666, sequence).encode())
+            .collect();
+        client.send.write_all(&batch(envelopes)).await.unwrap();
+    }
+    lab::eventually("all five are answered", || collector.stats().duplicates == 8).await;
+    client.send.finish().unwrap();
+    client.connection.closed().await;
+    assert_eq!(collector.stats().stored_messages, 3);
+    collector.stop().await;
+    lab::assert_stored_once(&store, "n1", 666, 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_agent_of_the_same_name_takes_over_and_the_first_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path(), "ours");

@@ -5,6 +5,8 @@
 
 mod read;
 mod segment;
+#[cfg(test)]
+mod tests;
 
 pub use read::{Damage, SegmentReader, StoredItem};
 
