@@ -1,11 +1,11 @@
 //! A report from a collector.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use stallscope_proto::v1::{ReportRequest, ReportResponse, report_response};
 use stallscope_report::document::Document;
 
-use super::{AnswerError, Question};
+use super::{AnswerError, Question, since_realtime_ns};
 use crate::config::StreamTarget;
 use crate::stream::query;
 
@@ -22,14 +22,6 @@ pub(super) fn ask(
         .enable_all()
         .build()?;
     document(runtime.block_on(query(target, request, within))?)
-}
-
-fn since_realtime_ns(since: Duration) -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    // Zero would ask for everything.
-    u64::try_from(now.saturating_sub(since).as_nanos())
-        .unwrap_or(u64::MAX)
-        .max(1)
 }
 
 fn document(response: ReportResponse) -> Result<Document, AnswerError> {

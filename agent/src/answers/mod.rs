@@ -1,10 +1,12 @@
-//! Where a report comes from: the running agent, or a collector.
+//! Where a report comes from: the store on this node, the running agent, or a collector.
 
 mod collector;
 mod render;
+pub(crate) mod select;
+mod store;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use stallscope_report::document::{Document, DocumentError};
 
@@ -24,6 +26,18 @@ pub enum Source {
     /// The agent that listens on this control socket.
     Agent {
         /// The socket.
+        socket: PathBuf,
+    },
+    /// The store in this directory.
+    Store {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// What this node has: its store, which reaches back furthest, else its running agent.
+    Node {
+        /// The store.
+        dir: PathBuf,
+        /// The agent's socket.
         socket: PathBuf,
     },
     /// A collector.
@@ -48,6 +62,14 @@ pub enum AnswerError {
     /// Nothing fits the question.
     #[error("nothing recorded: {0}")]
     NothingRecorded(String),
+    /// The store could not be read.
+    #[error("failed to read the store in {}: {source}; nothing recorded there can be reported", dir.display())]
+    Store {
+        /// Its directory.
+        dir: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The agent could not be asked.
     #[error(transparent)]
     Agent(#[from] AskError),
@@ -74,6 +96,13 @@ pub enum AnswerError {
 /// When nothing is recorded, nobody answers, or the answer does not hold.
 pub fn ask(source: &Source, question: &Question) -> Result<Document, AnswerError> {
     match source {
+        Source::Store { dir } => store::ask(dir, question),
+        Source::Node { dir, socket } => store::ask(dir, question).or_else(|of_store| {
+            let agent = Source::Agent {
+                socket: socket.clone(),
+            };
+            ask(&agent, question).map_err(|of_agent| neither(&of_store, of_agent))
+        }),
         Source::Agent { socket } => {
             let since_ms = question
                 .since
@@ -88,6 +117,28 @@ pub fn ask(source: &Source, question: &Question) -> Result<Document, AnswerError
     }
 }
 
+/// A node without a store and without an agent has recorded nothing; an agent that fails is another matter.
+fn neither(of_store: &AnswerError, of_agent: AnswerError) -> AnswerError {
+    match of_agent {
+        AnswerError::Agent(AskError::Unreachable { .. }) => {
+            let of_store = match of_store {
+                AnswerError::NothingRecorded(why) => why.clone(),
+                other => other.to_string(),
+            };
+            AnswerError::NothingRecorded(format!("{of_store}; {of_agent}"))
+        }
+        other => other,
+    }
+}
+
+/// The moment `since` ago; never 0, which would ask for everything.
+fn since_realtime_ns(since: Duration) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.saturating_sub(since).as_nanos())
+        .unwrap_or(u64::MAX)
+        .max(1)
+}
+
 fn from_agent(answer: Answer) -> Result<Document, AnswerError> {
     match answer {
         Answer::Report { document } => {
@@ -99,3 +150,6 @@ fn from_agent(answer: Answer) -> Result<Document, AnswerError> {
         Answer::Check(_) | Answer::Status(_) => Err(AnswerError::Unexpected("the agent")),
     }
 }
+
+#[cfg(test)]
+mod tests;

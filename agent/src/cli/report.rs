@@ -18,7 +18,7 @@ pub(super) struct Args {
     /// Only the last so long, like 90s, 10m, 2h or 1d
     #[arg(long, value_name = "DURATION", value_parser = super::duration::parse)]
     since: Option<Duration>,
-    /// Ask this collector instead of the agent on this node; certificates come from the configuration or from here
+    /// Ask this collector instead of this node; certificates come from the configuration or from here
     #[arg(long, value_name = "HOST:PORT")]
     collector: Option<String>,
     /// Name in the collector's certificate; its host when absent
@@ -33,6 +33,9 @@ pub(super) struct Args {
     /// Own key (PEM)
     #[arg(long, value_name = "FILE", requires = "collector")]
     key: Option<PathBuf>,
+    /// Read this store instead of the configured one
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["collector", "socket"])]
+    store: Option<PathBuf>,
     /// How to write it
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
@@ -90,8 +93,13 @@ pub(super) fn run(args: Args) -> ExitCode {
 fn source(args: &Args) -> Result<Source, String> {
     let config = args.agent.config()?;
     let Some(collector) = args.collector.clone() else {
-        return Ok(Source::Agent {
-            socket: args.agent.socket(config),
+        return Ok(match (&args.store, args.agent.socket_named()) {
+            (Some(dir), _) => Source::Store { dir: dir.clone() },
+            (None, Some(socket)) => Source::Agent { socket },
+            (None, None) => Source::Node {
+                dir: config.store.dir,
+                socket: config.control.socket,
+            },
         });
     };
     let stream = Stream {

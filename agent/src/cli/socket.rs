@@ -26,6 +26,11 @@ impl AgentArgs {
         }
     }
 
+    /// The control socket, when it was named.
+    pub(super) fn socket_named(&self) -> Option<PathBuf> {
+        self.socket.clone()
+    }
+
     /// The agent's control socket.
     pub(super) fn socket(&self, config: Config) -> PathBuf {
         self.socket.clone().unwrap_or(config.control.socket)

@@ -10,10 +10,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use stallscope_attribution::facts::JobFacts;
-use stallscope_attribution::job::analyse;
-use stallscope_report::document::Document;
 
 use super::{AgentStatus, Answer, MAX_REQUEST_BYTES, Own, Part, Request, fitness};
+use crate::answers::select;
 use crate::runtime::status::{Condition, SharedStatus, Status};
 use crate::sources::clock;
 
@@ -224,44 +223,15 @@ fn answer(request: &Request, status: &SharedStatus) -> Answer {
     }
 }
 
-fn report(facts: Vec<JobFacts>, job: Option<&str>, since_ns: Option<u64>) -> Answer {
-    let known: Vec<String> = facts.iter().map(|facts| facts.job.clone()).collect();
-    let mut wanted: Vec<JobFacts> = facts
-        .into_iter()
-        .filter(|f| job.is_none_or(|job| f.job == job))
-        .collect();
+fn report(mut facts: Vec<JobFacts>, job: Option<&str>, since_ns: Option<u64>) -> Answer {
     if let Some(since_ns) = since_ns {
-        wanted.iter_mut().for_each(|facts| keep_since(facts, since_ns));
+        facts.iter_mut().for_each(|facts| keep_since(facts, since_ns));
     }
-    wanted.retain(|facts| {
-        facts
-            .gpus
-            .iter()
-            .any(|gpu| !gpu.steps.is_empty() || !gpu.spans.is_empty())
-    });
-    if wanted.is_empty() {
-        return Answer::NothingRecorded {
-            why: nothing_recorded(&known, job),
-        };
-    }
-    // The job heard of last comes first.
-    wanted.sort_by_key(|facts| std::cmp::Reverse(last_ns(facts)));
-    let analyses: Vec<_> = wanted.iter().map(analyse).collect();
-    Answer::Report {
-        document: Box::new(Document::from_analyses(&analyses)),
-    }
-}
-
-fn nothing_recorded(known: &[String], job: Option<&str>) -> String {
-    match (job, known) {
-        (_, []) => "no job has been seen on this node since the agent started".to_owned(),
-        (Some(job), _) if !known.iter().any(|known| known == job) => {
-            format!(
-                "no job {job:?} has been seen on this node; known are {}",
-                known.join(", ")
-            )
-        }
-        _ => format!("nothing was recorded in that time of {}", known.join(", ")),
+    match select::document(facts, job) {
+        Ok(document) => Answer::Report {
+            document: Box::new(document),
+        },
+        Err(why) => Answer::NothingRecorded { why },
     }
 }
 
@@ -275,18 +245,6 @@ fn keep_since(facts: &mut JobFacts, since_ns: u64) {
         .gpus
         .retain(|gpu| !gpu.steps.is_empty() || !gpu.spans.is_empty());
     facts.ports.retain(|port| port.window.end_ns() >= since_ns);
-}
-
-fn last_ns(facts: &JobFacts) -> u64 {
-    let steps = facts
-        .gpus
-        .iter()
-        .flat_map(|gpu| gpu.steps.iter().map(|step| step.window.end_ns()));
-    let spans = facts
-        .gpus
-        .iter()
-        .flat_map(|gpu| gpu.spans.iter().map(|span| span.window.end_ns()));
-    steps.chain(spans).max().unwrap_or(0)
 }
 
 fn agent_status(status: &Status, now_ns: u64) -> AgentStatus {
