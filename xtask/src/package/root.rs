@@ -87,13 +87,24 @@ impl Root {
             doctor.status,
             String::from_utf8_lossy(&doctor.stderr)
         );
+        ensure!(
+            !text.contains("object was not found"),
+            "doctor misses the installed BPF object:\n{text}"
+        );
         eprintln!("package: doctor in the fresh root says:\n{text}");
         Ok(())
     }
 
+    /// A command inside the root, with a `/proc` that only it sees.
     fn command(&self, program: &str, arguments: &[&str]) -> Command {
-        let mut command = Command::new("chroot");
-        command.arg(self.dir.path()).arg(program).args(arguments);
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "--propagation", "private", "sh", "-ec"])
+            .arg("mount -t proc proc \"$1/proc\"; exec chroot \"$@\"")
+            .arg("chroot")
+            .arg(self.dir.path())
+            .arg(program)
+            .args(arguments);
         command
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
