@@ -150,6 +150,23 @@ fn a_report_holds_the_jobs_asked_for_and_its_sums() {
 }
 
 #[test]
+fn a_check_takes_less_than_fifty_milliseconds_with_a_full_memory() {
+    let served = served();
+    for rank in 0..8 {
+        for step in 0..512 {
+            push_step(&served.status, "llama", rank, step * 1_000, step * 1_000 + 1_000);
+        }
+    }
+    let quickest = (0..10).map(|_| {
+        let start = clock::monotonic_ns();
+        ask(&served.path, &Request::Check { gpu: None }, TIMEOUT).unwrap();
+        clock::monotonic_ns() - start
+    });
+    let quickest_ns = quickest.min().unwrap();
+    assert!(quickest_ns < 50_000_000, "{quickest_ns} ns");
+}
+
+#[test]
 fn the_status_names_parts_and_jobs() {
     let served = served();
     push_step(&served.status, "llama", 0, 1_000, 2_000);
