@@ -134,22 +134,7 @@ pub(crate) struct Engine {
 /// The engine of this process.
 pub(crate) fn engine() -> &'static Engine {
     static ENGINE: OnceLock<Engine> = OnceLock::new();
-    ENGINE.get_or_init(|| Engine {
-        state: Mutex::new(State {
-            devices: Vec::new(),
-            streams: Vec::new(),
-            events: Vec::new(),
-            log: None,
-            log_flushed_ns: 0,
-            next_collective: 1,
-            wake_ns: u64::MAX,
-            waiters: 0,
-            news: false,
-            thread: false,
-        }),
-        wake: Condvar::new(),
-        settled: Condvar::new(),
-    })
+    ENGINE.get_or_init(Engine::new)
 }
 
 fn log_path() -> Option<PathBuf> {
@@ -172,25 +157,46 @@ impl Engine {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                devices: Vec::new(),
+                streams: Vec::new(),
+                events: Vec::new(),
+                log: None,
+                log_flushed_ns: 0,
+                next_collective: 1,
+                wake_ns: u64::MAX,
+                waiters: 0,
+                news: false,
+                thread: false,
+            }),
+            wake: Condvar::new(),
+            settled: Condvar::new(),
+        }
+    }
+
     /// Makes the process a client of GPU `index`; false when there is no such GPU.
     pub(crate) fn open(&'static self, index: usize) -> bool {
-        let mut state = self.lock();
-        if state.devices.get(index).is_some_and(Option::is_some) {
+        if self.lock().devices.get(index).is_some_and(Option::is_some) {
             return true;
         }
-        let Ok(number) = u32::try_from(index) else {
-            return false;
-        };
-        let Ok(gpu) = Gpu::open(number) else { return false };
+        let gpu = u32::try_from(index).ok().and_then(|index| Gpu::open(index).ok());
+        gpu.is_some_and(|gpu| self.use_gpu(index, gpu, log_path()))
+    }
+
+    /// Makes the process a client of a GPU; the first one starts the log and the engine's thread.
+    fn use_gpu(&'static self, index: usize, gpu: Shared<Gpu>, log: Option<PathBuf>) -> bool {
         let Some(client) = gpu.register(std::process::id()) else {
             return false;
         };
+        let mut state = self.lock();
         if state.devices.len() <= index {
             state.devices.resize_with(index + 1, || None);
         }
         state.devices[index] = Some(Device { gpu, client });
         if state.log.is_none() {
-            state.log = log_path().and_then(|path| Writer::create(&path).ok());
+            state.log = log.and_then(|path| Writer::create(&path).ok());
             // SAFETY: `flush_at_exit` is a plain function that neither unwinds nor blocks.
             unsafe { libc::atexit(flush_at_exit) };
         }
@@ -686,3 +692,6 @@ impl State {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

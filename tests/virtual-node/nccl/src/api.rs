@@ -243,6 +243,30 @@ unsafe extern "C" fn ncclCommSplit(
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn ncclCommShrink(
+    comm: Handle,
+    excluded: *const c_int,
+    count: c_int,
+    child: *mut Handle,
+    _config: *const c_void,
+    _flags: c_int,
+) -> Status {
+    let (Some(comm), Ok(count)) = (find(comm), usize::try_from(count)) else {
+        return INVALID_ARGUMENT;
+    };
+    if excluded.is_null() || count == 0 {
+        return INVALID_ARGUMENT;
+    }
+    // SAFETY: the caller's array of `count` ranks.
+    let excluded = unsafe { std::slice::from_raw_parts(excluded, count) };
+    match comm.shrink(excluded) {
+        // SAFETY: the caller's out-pointer.
+        Ok(made) => unsafe { put(child, register(made)) },
+        Err(_) => SYSTEM_ERROR,
+    }
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn ncclCommFinalize(comm: Handle) -> Status {
     if find(comm).is_some() {
         SUCCESS
@@ -271,12 +295,11 @@ extern "C" fn ncclCommAbort(comm: Handle) -> Status {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ncclCommGetAsyncError(comm: Handle, status: *mut Status) -> Status {
-    // SAFETY: the caller's out-pointer.
-    if find(comm).is_some() {
-        unsafe { put(status, SUCCESS) }
-    } else {
-        INVALID_ARGUMENT
+    if find(comm).is_none() {
+        return INVALID_ARGUMENT;
     }
+    // SAFETY: the caller's out-pointer.
+    unsafe { put(status, SUCCESS) }
 }
 
 fn ask(comm: Handle, to: *mut c_int, what: impl FnOnce(&Comm) -> i32) -> Status {

@@ -175,6 +175,21 @@ impl Comm {
         Self::assemble(child, self.root, u32::try_from(own).unwrap_or(0), cards, listener).map(Some)
     }
 
+    /// Shrinks `self` as `ncclCommShrink` does; called by the ranks that stay.
+    ///
+    /// # Errors
+    /// When this rank is excluded, or the root or a peer cannot be reached.
+    pub(crate) fn shrink(&self, excluded: &[i32]) -> io::Result<Arc<Self>> {
+        let stays = |rank: &u32| !excluded.contains(&rank.cast_signed());
+        let staying: Vec<u32> = (0..self.ranks).filter(stays).collect();
+        let own = staying.iter().position(|rank| *rank == self.rank);
+        let own = own
+            .and_then(|rank| u32::try_from(rank).ok())
+            .ok_or_else(|| io::Error::other("this rank is excluded"))?;
+        let key = mix(&[self.key, self.splits.fetch_add(1, SeqCst), 0x5412]);
+        Self::join(key, self.root, own, u32::try_from(staying.len()).unwrap_or(0))
+    }
+
     fn assemble(
         key: u64,
         root: SocketAddrV4,

@@ -344,14 +344,14 @@ unsafe extern "C" fn nvmlDeviceGetTemperature(of: Device, sensor: c_uint, to: *m
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlDeviceGetTemperatureThreshold(of: Device, kind: c_uint, to: *mut c_uint) -> Status {
-    let value = device(of).and_then(|_| match kind {
+    let threshold = match kind {
         0 => Ok(95), // shutdown
         1 => Ok(87), // slowdown
         3 => Ok(85), // highest GPU temperature before the clock is lowered
         _ => Err(NOT_SUPPORTED),
-    });
+    };
     // SAFETY: the caller's out-pointer.
-    unsafe { answer(to, value) }
+    unsafe { answer(to, device(of).and(threshold)) }
 }
 
 #[unsafe(no_mangle)]

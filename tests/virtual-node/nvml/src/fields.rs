@@ -22,7 +22,7 @@ fn field(gpu: &Gpu, id: u32) -> Option<(c_int, u64)> {
             ULONGLONG,
             gpu.sw_thermal.total_ns(now).max(gpu.hw_thermal.total_ns(now)),
         ),
-        76 | 77 | 78 | 79 => (ULONGLONG, 0),
+        76..=79 => (ULONGLONG, 0),
         83 => (ULONGLONG, energy_mj(gpu)),
         // PCIe replays and their roll-overs.
         94 | 95 => (UINT, 0),

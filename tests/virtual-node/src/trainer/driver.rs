@@ -107,20 +107,16 @@ impl Device {
     pub(crate) fn stream(&self) -> anyhow::Result<Object> {
         let mut stream = null_mut();
         // SAFETY: the out-pointer is a live local; 1 is CU_STREAM_NON_BLOCKING.
-        done(
-            unsafe { (self.cuda.cuStreamCreate)(&raw mut stream, 1) },
-            "cuStreamCreate",
-        )?;
+        let status = unsafe { (self.cuda.cuStreamCreate)(&raw mut stream, 1) };
+        done(status, "cuStreamCreate")?;
         Ok(Object(stream))
     }
 
     pub(crate) fn event(&self) -> anyhow::Result<Object> {
         let mut event = null_mut();
         // SAFETY: the out-pointer is a live local; 2 is CU_EVENT_DISABLE_TIMING.
-        done(
-            unsafe { (self.cuda.cuEventCreate)(&raw mut event, 2) },
-            "cuEventCreate",
-        )?;
+        let status = unsafe { (self.cuda.cuEventCreate)(&raw mut event, 2) };
+        done(status, "cuEventCreate")?;
         Ok(Object(event))
     }
 
@@ -165,20 +161,16 @@ impl Device {
     pub(crate) fn allocate(&self, bytes: usize) -> anyhow::Result<u64> {
         let mut address = 0;
         // SAFETY: the out-pointer is a live local.
-        done(
-            unsafe { (self.cuda.cuMemAlloc_v2)(&raw mut address, bytes) },
-            "cuMemAlloc",
-        )?;
+        let status = unsafe { (self.cuda.cuMemAlloc_v2)(&raw mut address, bytes) };
+        done(status, "cuMemAlloc")?;
         Ok(address)
     }
 
     pub(crate) fn allocate_pinned(&self, bytes: usize) -> anyhow::Result<Object> {
         let mut at = null_mut();
         // SAFETY: the out-pointer is a live local.
-        done(
-            unsafe { (self.cuda.cuMemAllocHost_v2)(&raw mut at, bytes) },
-            "cuMemAllocHost",
-        )?;
+        let status = unsafe { (self.cuda.cuMemAllocHost_v2)(&raw mut at, bytes) };
+        done(status, "cuMemAllocHost")?;
         Ok(Object(at))
     }
 
@@ -266,10 +258,8 @@ impl Collectives {
     pub(crate) fn unique_id(&self) -> anyhow::Result<[u8; 128]> {
         let mut id = UniqueId([0; 128]);
         // SAFETY: the out-pointer is a live local of the size the header gives.
-        done(
-            unsafe { (Nccl::load(&self.0)?.ncclGetUniqueId)(&raw mut id) },
-            "ncclGetUniqueId",
-        )?;
+        let status = unsafe { (Nccl::load(&self.0)?.ncclGetUniqueId)(&raw mut id) };
+        done(status, "ncclGetUniqueId")?;
         Ok(id.0)
     }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
-use crate::activity::{Activity, CLIENTS, Totals};
+use crate::activity::{Activity, BUCKET_NS, CLIENTS, Totals};
 use crate::clock::now_ns;
 use crate::map::{Shareable, Shared};
 use crate::power::{MAX_MHZ, REFERENCE_MHZ};
@@ -147,7 +147,7 @@ impl Gpu {
         }
         gpu.sm_mhz.store(REFERENCE_MHZ, Relaxed);
         gpu.temperature_c.store(58, Relaxed);
-        gpu.settled.until_ns.store(now_ns(), Relaxed);
+        gpu.settled.until_ns.store(whole_buckets(now_ns()), Relaxed);
         gpu.magic.store(MAGIC, SeqCst);
         Ok(gpu)
     }
@@ -281,7 +281,7 @@ impl Gpu {
         let settled = &self.settled;
         let until = settled.until_ns.load(SeqCst);
         // Leave the last 50 ms: a collective's activity may still be added there.
-        let to = now_ns.saturating_sub(50_000_000);
+        let to = whole_buckets(now_ns.saturating_sub(50_000_000));
         if to <= until {
             return;
         }
@@ -316,6 +316,11 @@ impl Gpu {
             return totals;
         }
     }
+}
+
+/// The last bucket edge, so that no bucket is shared out by time and rounded.
+fn whole_buckets(at_ns: u64) -> u64 {
+    at_ns / BUCKET_NS * BUCKET_NS
 }
 
 fn alive(pid: u32) -> bool {

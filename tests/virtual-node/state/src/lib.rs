@@ -16,3 +16,6 @@ pub const PPM: u64 = 1_000_000;
 
 /// Environment variable naming the folder of a virtual node; read only by the stand-in libraries.
 pub const VNODE_ENV: &str = "STALLSCOPE_VNODE";
+
+#[cfg(test)]
+mod tests;
