@@ -24,6 +24,8 @@ static RING_PROCS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Ring::ALL.len() as u32, 0);
 
 const AVAILABLE_BYTES: u64 = 0;
+/// What the kernel puts before every record of a ring.
+const RECORD_HEADER_BYTES: u64 = 8;
 const NO_WAKEUP: u64 = 1;
 const FORCE_WAKEUP: u64 = 2;
 
@@ -39,7 +41,11 @@ pub(crate) fn emit<T>(ring: Ring, record: &T) {
         Ring::Block => (&RING_BLOCK, false),
         Ring::Procs => (&RING_PROCS, true),
     };
-    let flags = if wakes_at_once || buffer.query(AVAILABLE_BYTES) >= WAKE_BYTES.get() {
+    let unread = buffer.query(AVAILABLE_BYTES);
+    let then_unread = unread + RECORD_HEADER_BYTES + size_of::<T>() as u64;
+    // Once, on the record that crosses the mark: a wake-up costs more than a record.
+    let crosses = unread < WAKE_BYTES.get() && then_unread >= WAKE_BYTES.get();
+    let flags = if wakes_at_once || crosses {
         FORCE_WAKEUP
     } else {
         NO_WAKEUP
