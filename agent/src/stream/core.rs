@@ -429,6 +429,8 @@ fn next_batch(
         batch.envelopes.push(bytes);
     }
     if batch.envelopes.is_empty() {
+        // The newest messages can be damaged on disk: asking again at once would give the same.
+        streaming.next_batch_ns = now_ns + pace.backoff_min_ns;
         return None;
     }
     counts.sent_messages += batch.envelopes.len() as u64;

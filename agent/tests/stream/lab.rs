@@ -20,8 +20,6 @@ use stallscope_proto::v1;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::spool::MemorySpool;
-
 /// An authority and the PEM files it signed.
 pub(crate) struct Authority {
     dir: PathBuf,
@@ -84,8 +82,8 @@ pub(crate) fn target(address: SocketAddr, identity: &IdentityFiles) -> StreamTar
 }
 
 /// An agent's stream, running.
-pub(crate) struct Streaming {
-    pub(crate) spool: Arc<MemorySpool>,
+pub(crate) struct Streaming<S> {
+    pub(crate) spool: Arc<S>,
     status: watch::Receiver<StreamStatus>,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
@@ -100,7 +98,12 @@ pub(crate) fn pace() -> Pace {
     }
 }
 
-pub(crate) fn agent(target: StreamTarget, node: &str, boot_id: u64, spool: Arc<MemorySpool>) -> Streaming {
+pub(crate) fn agent<S: Spool + 'static>(
+    target: StreamTarget,
+    node: &str,
+    boot_id: u64,
+    spool: Arc<S>,
+) -> Streaming<S> {
     let (status_in, status) = watch::channel(StreamStatus::default());
     let (stop, stopped) = watch::channel(false);
     let sender = Sender {
@@ -120,11 +123,11 @@ pub(crate) fn agent(target: StreamTarget, node: &str, boot_id: u64, spool: Arc<M
     }
 }
 
-impl Streaming {
+impl<S: Spool> Streaming<S> {
     /// Waits until everything appended is acknowledged.
     pub(crate) async fn caught_up(&self) {
         eventually("everything is acknowledged", || {
-            self.spool.last_acked() == self.spool.last()
+            self.spool.last_acked() == *self.spool.watch_last().borrow()
         })
         .await;
     }

@@ -4,8 +4,9 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use stallscope::store::Spool;
+use stallscope::store::{Ring, Spool, Writer, Written};
 use stallscope::stream::query;
+use stallscope::timeline::Event;
 use stallscope_attribution::budget::Budget;
 use stallscope_attribution::facts::{GpuStep, GpuSubject, StepMethod, StepSignals};
 use stallscope_attribution::leaf::Leaf;
@@ -149,6 +150,77 @@ async fn two_nodes_become_one_report_that_survives_a_restart() {
     }
     assert_eq!(first, second, "read back from disk, the report is the same");
     again.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_longer_than_the_agents_ring_leaves_one_gap_with_its_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "ours");
+    let store = dir.path().join("store");
+    let records = job_records("n1", 0, 12_000);
+    let (mut subject, mut steps) = (None, Vec::new());
+    for record in records {
+        match record.payload {
+            Payload::Subject { entry, .. } => subject = Some(entry.subject),
+            Payload::Step { step, .. } => steps.push(step),
+            other => panic!("{other:?}"),
+        }
+    }
+    let subject = Arc::new(subject.unwrap());
+    let ring = Arc::new(Ring::open(&dir.path().join("ring"), 1 << 20, 42).unwrap().ring);
+    let mut writer = Writer::new(Arc::clone(&ring), "n1", 1);
+    let mut write = |event: &Event| assert!(matches!(writer.write(event), Written::Yes));
+    write(&Event::Subject {
+        subject: subject.clone(),
+        kind: Some("pretrain".into()),
+    });
+    let mut write_steps = |range: std::ops::Range<usize>| {
+        for step in &steps[range] {
+            write(&Event::Step {
+                subject: subject.clone(),
+                step: step.clone(),
+            });
+        }
+    };
+
+    let collector = lab::collector(&authority, &store).await;
+    let target = lab::target(collector.local_addr().unwrap(), &authority.issue("n1"));
+    let streaming = lab::agent(target.clone(), "n1", 1, Arc::clone(&ring));
+    write_steps(0..100);
+    streaming.caught_up().await;
+    collector.stop().await;
+    lab::eventually("the outage is noticed", || !streaming.status().connected).await;
+    write_steps(100..12_000);
+    let dropped = ring.dropped_unacked();
+    assert!(
+        dropped > 1_000,
+        "{dropped} dropped: the ring must be too small for this outage"
+    );
+
+    let mut config = lab::collector_config(&authority, &store);
+    config.listen = (target.host.parse::<std::net::IpAddr>().unwrap(), target.port).into();
+    let collector = Collector::start(config).await.unwrap();
+    streaming.caught_up().await;
+    let report = document(ask(&collector, &authority, "llm").await);
+    let gaps = &report.jobs[0].gaps;
+    let arrived: Vec<_> = gaps
+        .iter()
+        .filter(|gap| gap.what.contains("never arrived"))
+        .collect();
+    assert_eq!(arrived.len(), 1, "{gaps:?}");
+    assert_eq!((arrived[0].node.as_str(), arrived[0].count), ("n1", dropped));
+    let stored = lab::stored(&store);
+    assert!(stored.values().all(|times| *times == 1));
+    assert_eq!(stored.len() as u64 + dropped, *ring.watch_last().borrow());
+    // Every step that arrived is in the report: the ring's segments announce their subjects themselves.
+    let announcements = stored.len() as u64 - report.jobs[0].gpus[0].steps.count;
+    assert!(
+        (2..50).contains(&announcements),
+        "{announcements} stored messages are no steps of the report"
+    );
+    assert!(!gaps.iter().any(|gap| gap.what.contains("refused")), "{gaps:?}");
+    streaming.stop().await;
+    collector.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

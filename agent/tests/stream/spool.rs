@@ -69,6 +69,11 @@ impl MemorySpool {
         sequence
     }
 
+    /// The newest message exists by number only.
+    pub(super) fn damage_newest(&self) {
+        self.last.send_replace(self.last() + 1);
+    }
+
     /// Loses the newest messages, as an unflushed file does; what it lost.
     pub(super) fn lose_tail(&self, count: usize) -> Vec<u64> {
         let mut messages = self.messages.lock().unwrap();

@@ -308,6 +308,19 @@ fn acknowledging_what_was_not_sent_ends_the_connection() {
 }
 
 #[test]
+fn a_spool_whose_newest_messages_are_damaged_is_not_asked_without_pause() {
+    let mut world = World::new();
+    world.pass(1_000 * MS);
+    world.spool.damage_newest();
+    let (mut polls, end_ns) = (0, world.now_ns + 10_000 * MS);
+    while world.now_ns < end_ns {
+        world.now_ns = world.run_agent();
+        polls += 1;
+        assert!(polls < 100, "{polls} polls in less than ten seconds");
+    }
+}
+
+#[test]
 fn no_more_than_the_window_is_on_its_way() {
     let mut world = World::new();
     world.pass(1_000 * MS);
