@@ -85,9 +85,9 @@ fn is(segment: &Segment, state: HostState) -> bool {
     segment.active & (1 << state as usize) != 0
 }
 
-/// Whether the host waited for work the GPU already had.
+/// Whether the host waited for work the GPU already had. A host that is back from waiting and has no CPU yet does not.
 fn blocked_on_gpu(segment: &Segment) -> bool {
-    segment.first() == Some(HostState::Sync as usize)
+    segment.first() == Some(HostState::Sync as usize) && !is(segment, HostState::Runnable)
 }
 
 /// The gap every step has, between the drain that ends one step and the first work of the next. A step with
@@ -108,6 +108,9 @@ fn charge(to: &mut ByLeaf, segment: &Segment, workers: &[WorkerLoad], after_sync
         Some(layer) if layer == HostState::Gc as usize => Leaf::IdleGc,
         Some(layer) if layer == HostState::Compile as usize => Leaf::IdleCompile,
         Some(layer) if layer == HostState::Alloc as usize => Leaf::IdleAlloc,
+        Some(layer) if layer == HostState::Sync as usize && is(segment, HostState::Runnable) => {
+            Leaf::IdleCpuSched
+        }
         Some(layer) if layer == HostState::Sync as usize => Leaf::IdleCpuSync,
         Some(layer) if layer == HostState::CommCall as usize => {
             match (on_cpu, is(segment, HostState::Runnable)) {

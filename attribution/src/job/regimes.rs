@@ -34,7 +34,7 @@ fn split(lengths: &[u64]) -> Vec<Range<usize>> {
         .chunks(stride)
         .map(|chunk| median(chunk.to_vec()))
         .collect();
-    let mut cuts = segment(&points, side_points(&points, stride));
+    let mut cuts = segment(&points, stride);
     // A cut that does not stand up goes, the weakest first: its sides may make a neighbour's cut fail or stand.
     while let Some(weakest) = (1..cuts.len() - 1)
         .filter(|at| !verified(&points[cuts[at - 1]..cuts[*at]], &points[cuts[*at]..cuts[at + 1]]))
@@ -53,11 +53,12 @@ fn split(lengths: &[u64]) -> Vec<Range<usize>> {
 }
 
 /// The segmentation with the least sum of deviations plus a price per segment, by dynamic programming; as cuts, both
-/// ends included. Sides are at least `least` points long.
-fn segment(points: &[u64], least: usize) -> Vec<usize> {
+/// ends included. A point stands for `stride` steps.
+fn segment(points: &[u64], stride: usize) -> Vec<usize> {
     let count = points.len();
     // Half of what the smallest change worth finding saves over the shortest side.
-    let price = median(points.to_vec()).saturating_mul(least as u64) * (DIFFERENCE_PPM / 2) / 1_000_000;
+    let typical = median(points.to_vec());
+    let price = typical.saturating_mul(FEWEST_STEPS as u64) * (DIFFERENCE_PPM / 2) / 1_000_000;
     let mut best: Vec<(u64, usize)> = vec![(u64::MAX, 0); count + 1];
     best[0] = (0, 0);
     for start in 0..count {
@@ -71,12 +72,17 @@ fn segment(points: &[u64], least: usize) -> Vec<usize> {
             sorted.insert(sorted.partition_point(|other| *other < value), value);
             // Of sorted values, the deviation from the median is the upper half less the lower.
             let (lower, upper) = sorted.split_at(sorted.len() / 2);
-            if sorted.len() < least || (count - end < least && end != count) {
+            let (below, above): (u64, u64) = (lower.iter().sum(), upper.iter().sum());
+            if !long_enough(
+                sorted.len() * stride,
+                (below + above).saturating_mul(stride as u64),
+            ) {
                 continue;
             }
-            let upper = &upper[sorted.len() % 2..];
-            let deviation = upper.iter().sum::<u64>() - lower.iter().sum::<u64>();
-            let total = so_far.saturating_add(deviation).saturating_add(price);
+            let middle = if sorted.len() % 2 == 1 { upper[0] } else { 0 };
+            let total = so_far
+                .saturating_add(above - middle - below)
+                .saturating_add(price);
             if total < best[end].0 {
                 best[end] = (total, start);
             }
@@ -98,15 +104,13 @@ fn segment(points: &[u64], least: usize) -> Vec<usize> {
     cuts
 }
 
-fn step_between(before: &[u64], after: &[u64]) -> u64 {
-    median(before.to_vec()).abs_diff(median(after.to_vec()))
+/// Whether so many steps of that length together are a stretch of their own.
+const fn long_enough(steps: usize, length_ns: u64) -> bool {
+    steps >= LEAST_STEPS || (steps >= FEWEST_STEPS && length_ns >= LEAST_NS)
 }
 
-/// Fewest points of a side.
-fn side_points(part: &[u64], stride: usize) -> usize {
-    let typical = median(part.to_vec()).max(1);
-    let steps = usize::try_from(LEAST_NS.div_ceil(typical)).unwrap_or(LEAST_STEPS);
-    steps.clamp(FEWEST_STEPS, LEAST_STEPS).div_ceil(stride).max(2)
+fn step_between(before: &[u64], after: &[u64]) -> u64 {
+    median(before.to_vec()).abs_diff(median(after.to_vec()))
 }
 
 fn verified(before: &[u64], after: &[u64]) -> bool {
@@ -171,6 +175,12 @@ mod tests {
     fn a_few_steps_are_one_regime() {
         assert_eq!(split(&[400 * MS]), vec![0..1]);
         assert_eq!(split(&noisy(400, 7, 300, 1)), vec![0..7]);
+    }
+
+    #[test]
+    fn long_steps_need_seconds_not_ten_of_them() {
+        let lengths = [noisy(400, 40, 40, 1), noisy(1100, 4, 40, 2)].concat();
+        assert_eq!(split(&lengths), vec![0..40, 40..44]);
     }
 
     #[test]

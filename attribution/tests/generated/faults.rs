@@ -213,6 +213,34 @@ fn loud_faults_of_a_lean_job_are_named() {
 }
 
 #[test]
+fn two_faults_at_once_are_both_named() {
+    for (fault, beside) in [
+        (Fault::Thermal { rank: 1 }, Fault::SlowLink { node: 1 }),
+        (Fault::CoTenant { rank: 3 }, Fault::LoaderCpu),
+        (Fault::Thermal { rank: 2 }, Fault::Checkpoint),
+        (Fault::CpuQuota { rank: 0 }, Fault::SlowLink { node: 1 }),
+    ] {
+        for seed in SEEDS {
+            let scenario = Scenario {
+                beside,
+                seed,
+                ..Scenario::new(fault)
+            };
+            let analysis = analyse(&make(&scenario).facts);
+            let wanted = [fault, beside].map(|fault| expected(&Scenario { fault, ..scenario }));
+            for wanted in &wanted {
+                assert!(
+                    analysis.verdicts.iter().any(|verdict| is(verdict, wanted)),
+                    "{scenario:?}: {}",
+                    shown(&analysis)
+                );
+            }
+            assert_eq!(analysis.verdicts.len(), 2, "{scenario:?}: {}", shown(&analysis));
+        }
+    }
+}
+
+#[test]
 fn quiet_faults_are_named_or_not_but_never_wrongly() {
     all(each(&FAULTS, |scenario| scenario.dose = 33), not_wrong);
 }

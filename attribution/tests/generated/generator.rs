@@ -104,6 +104,8 @@ pub(crate) struct Scenario {
     /// First and last faulty step.
     pub(crate) active: (usize, usize),
     pub(crate) fault: Fault,
+    /// A second fault at the same time.
+    pub(crate) beside: Fault,
     /// Dose in percent of the loud one.
     pub(crate) dose: u64,
     pub(crate) seed: u64,
@@ -159,6 +161,7 @@ impl Scenario {
             steps: 100,
             active: (30, 100),
             fault,
+            beside: Fault::None,
             dose: 100,
             seed: 1,
             host_noise_us: 3000,
@@ -235,26 +238,39 @@ pub(crate) fn make(scenario: &Scenario) -> Made {
     let (mut healthy_us, mut actual_us) = (0, 0);
     for step in 0..scenario.steps {
         let on = step >= scenario.active.0 && step < scenario.active.1;
-        let fault = if on { scenario.fault } else { Fault::None };
+        let faults = if on {
+            [scenario.fault, scenario.beside]
+        } else {
+            [Fault::None; 2]
+        };
         let began = ranks[0].now_us;
-        checkpoint(scenario, fault, step, &mut ranks);
+        faults
+            .iter()
+            .for_each(|fault| checkpoint(scenario, *fault, step, &mut ranks));
         let victim = usize::try_from(random.below(count as u64)).unwrap();
         let plans: Vec<(Plan, Plan)> = (0..count)
             .map(|rank| {
                 let base = base(&mut random, scenario);
-                (base, hurt(base, fault, scenario, rank, victim, &mut random))
+                let hurt = faults.iter().fold(base, |plan, fault| {
+                    hurt(plan, *fault, scenario, rank, victim, &mut random)
+                });
+                (base, hurt)
             })
             .collect();
         let mut comm_us = random.around(scenario.shape.comm_us, 80);
         let normal_comm_us = comm_us;
-        comm_us += scenario.dose / 2
-            * match fault {
+        comm_us += faults
+            .iter()
+            .map(|fault| match fault {
                 Fault::SlowLink { .. } => 3_000,
                 // Starved communication threads and full CPUs slow everyone's collectives.
                 Fault::CpuQuota { .. } => 600,
                 Fault::LoaderCpu | Fault::Launch => 300,
                 _ => 0,
-            };
+            })
+            .sum::<u64>()
+            * scenario.dose
+            / 2;
         let ready = |plan: &Plan| {
             plan.wait_us + plan.gc_us + plan.runnable_us + plan.start_us + plan.compute_us + plan.starved_us
         };
@@ -270,7 +286,7 @@ pub(crate) fn make(scenario: &Scenario) -> Made {
             healthy_us += plans.iter().map(|(base, _)| ready(base)).max().unwrap() + normal_comm_us;
             actual_us += end - began;
         }
-        ports.extend(port_windows(scenario, fault, began, end, comm_us));
+        ports.extend(port_windows(scenario, &faults, began, end, comm_us));
         for (rank, (_, plan)) in ranks.iter_mut().zip(plans) {
             run(rank, plan, end, &scenario.shape);
         }
@@ -439,7 +455,7 @@ fn window(start_us: u64, end_us: u64) -> Window {
 
 fn port_windows(
     scenario: &Scenario,
-    fault: Fault,
+    faults: &[Fault],
     start_us: u64,
     end_us: u64,
     comm_us: u64,
@@ -448,7 +464,7 @@ fn port_windows(
     let length = end_us - start_us;
     (0..nodes)
         .map(|node| {
-            let slow = matches!(fault, Fault::SlowLink { node: hit } if hit == node);
+            let slow = faults.contains(&Fault::SlowLink { node });
             PortFacts {
                 node: format!("node-{node}"),
                 port: format!("eth{node}"),

@@ -29,14 +29,22 @@ fn least_ppm(cause: Cause, ledger: &Ledger) -> u64 {
         .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM);
     match cause {
         Cause::DeviceThermal | Cause::DeviceContention => 40_000,
-        Cause::HostCpu if throttled => 50_000,
+        Cause::HostCpu if throttled(ledger) => 50_000,
         Cause::HostGc | Cause::HostAlloc | Cause::NetworkNic => 60_000,
-        Cause::DataLoader | Cause::DataStorage | Cause::DevicePowerCap | Cause::NetworkFabric => 70_000,
+        Cause::DataLoader | Cause::DataStorage | Cause::DevicePowerCap => 70_000,
         Cause::HostLaunch | Cause::HostSync | Cause::HostCompile | Cause::DataCopy | Cause::DevicePcie => {
             90_000
         }
         _ => 120_000,
     }
+}
+
+/// Whether a quota holds any rank back.
+fn throttled(ledger: &Ledger) -> bool {
+    ledger
+        .ranks
+        .iter()
+        .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM)
 }
 
 /// A cost that is large enough, or the reason why it is none.
@@ -141,7 +149,9 @@ fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Opt
     if matches!(cause, Cause::NetworkNic | Cause::NetworkFabric) && ledger.pressure == Pressure::None {
         return Some("no port held packets back and no flow was held up".into());
     }
-    if let Some(root) = found.iter().find(|found| follows(found.cause, cause)) {
+    // A quota is set by somebody: being throttled by it follows from nothing else.
+    let set = cause == Cause::HostCpu && throttled(ledger);
+    if let Some(root) = found.iter().find(|found| !set && follows(found.cause, cause)) {
         return Some(format!(
             "{share} of GPU time, a consequence of {}",
             root.cause.name()
