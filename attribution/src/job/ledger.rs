@@ -255,6 +255,12 @@ fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
         } else {
             0
         };
+        if rank.resplit_measured != 0 {
+            // Where nothing held packets back, what exceeds the line rate may be the network's or the hosts': it
+            // stays in the residual, and the network's part is not measured.
+            rank.resplit_measured |= u32::from(line.is_some()) << Leaf::CommTransfer.index();
+            rank.resplit_measured |= u32::from(slow) << Leaf::CommNet.index();
+        }
         let given = rank.leaves;
         shift_comm(
             rank,

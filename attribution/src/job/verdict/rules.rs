@@ -22,20 +22,22 @@ pub(super) const PERSISTENT_PERCENT: u64 = 60;
 ///
 /// Facts of the device (a clock reason, another process) stand by themselves and need less; what is inferred from
 /// averages, or happens on every busy host, needs more.
+///
+/// Without a healthy regime to compare with, what is normal for the job counts as lost too: the host then has to show
+/// more before it is accused.
 fn least_ppm(cause: Cause, ledger: &Ledger) -> u64 {
-    let throttled = ledger
-        .ranks
-        .iter()
-        .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM);
+    let compared = ledger.baseline.is_some();
     match cause {
         Cause::DeviceThermal | Cause::DeviceContention => 40_000,
         Cause::HostCpu if throttled(ledger) => 50_000,
         Cause::HostGc | Cause::HostAlloc | Cause::NetworkNic => 60_000,
-        Cause::DataLoader | Cause::DataStorage | Cause::DevicePowerCap => 70_000,
-        Cause::HostLaunch | Cause::HostSync | Cause::HostCompile | Cause::DataCopy | Cause::DevicePcie => {
-            90_000
-        }
-        _ => 120_000,
+        Cause::DevicePowerCap => 70_000,
+        Cause::DataLoader | Cause::DataStorage if compared => 70_000,
+        Cause::DataLoader | Cause::DataStorage => 100_000,
+        Cause::HostLaunch | Cause::HostSync | Cause::HostCompile if compared => 90_000,
+        Cause::DataCopy | Cause::DevicePcie | Cause::NetworkFabric => 120_000,
+        Cause::HostCpu | Cause::JobImbalance if compared => 120_000,
+        _ => 150_000,
     }
 }
 
@@ -90,11 +92,7 @@ fn join_host(
     costs: &mut BTreeMap<Cause, Cost>,
     decision: &mut Decision,
 ) {
-    if ledger
-        .ranks
-        .iter()
-        .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM)
-    {
+    if throttled(ledger) {
         return;
     }
     let total = |costs: &BTreeMap<Cause, Cost>, cause| costs.get(&cause).map_or(0, Cost::total);
