@@ -10,9 +10,9 @@ use std::collections::BinaryHeap;
 use crate::observation::{Fact, Observation, Thread};
 
 /// How long an observation is held back, ns of observed time.
-pub const HOLD_NS: u64 = 300_000_000;
-/// Most observations held; beyond it the oldest is released early. About 8 MiB.
-const MOST_HELD: usize = 65_536;
+pub const HOLD_NS: u64 = 500_000_000;
+/// Most observations held; beyond it the oldest is released early. About 14 MiB.
+const MOST_HELD: usize = 131_072;
 
 /// Total order of observations: by end, start, kind, and what tells two of a kind apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

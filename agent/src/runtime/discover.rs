@@ -1,0 +1,204 @@
+//! The thread that finds processes and attaches probes: what may take long, away from the rings.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::time::Duration;
+
+use stallscope_attribution::time::Window;
+
+use super::shared::{Keys, Shared};
+use super::status::Condition;
+use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey};
+use crate::sources::probes::Probes;
+use crate::sources::procs::{Action, Discovery, Library, ProcessEvent};
+
+/// How long records of a process that is gone may still come, ns.
+const LINGER_NS: u64 = 2_000_000_000;
+const LONGEST_WAIT: Duration = Duration::from_millis(250);
+const SHORTEST_WAIT: Duration = Duration::from_millis(5);
+
+/// Finds processes.
+pub(super) struct Discover {
+    shared: Arc<Shared>,
+    discovery: Discovery,
+    probes: Option<Probes>,
+    events: Receiver<ProcessEvent>,
+    facts: SyncSender<Observation>,
+    keys: Keys,
+    /// When to forget the key of a process that is gone.
+    lingering: BTreeMap<ProcessKey, u64>,
+    troubles: BTreeMap<String, String>,
+}
+
+impl Discover {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        scope: Option<String>,
+        probes: Option<Probes>,
+        events: Receiver<ProcessEvent>,
+        facts: SyncSender<Observation>,
+    ) -> Self {
+        let mut discovery = Discovery::new("/proc", scope);
+        discovery.set_events_live(probes.is_some());
+        Self {
+            shared,
+            discovery,
+            probes,
+            events,
+            facts,
+            keys: Keys::new(),
+            lingering: BTreeMap::new(),
+            troubles: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        self.shared.status.lock().set_health("procs", Condition::Works);
+        while !self.shared.is_stopping() {
+            if self.take_events() {
+                return;
+            }
+            if let Some(view) = self.shared.take_gpus() {
+                self.discovery.set_gpus(view);
+            }
+            let now_ns = super::now_ns();
+            for action in self.discovery.poll(now_ns) {
+                self.apply(action);
+            }
+            self.forget_the_gone(super::now_ns());
+        }
+    }
+
+    /// Waits for events until something is due, then takes all there are. Whether nobody will send any more.
+    fn take_events(&mut self) -> bool {
+        let due_ns = self.discovery.due_ns().saturating_sub(super::now_ns());
+        let wait = Duration::from_nanos(due_ns).clamp(SHORTEST_WAIT, LONGEST_WAIT);
+        match self.events.recv_timeout(wait) {
+            Ok(event) => self.discovery.on_event(event, super::now_ns()),
+            Err(RecvTimeoutError::Timeout) => return false,
+            Err(RecvTimeoutError::Disconnected) => return true,
+        }
+        let now_ns = super::now_ns();
+        while let Ok(event) = self.events.try_recv() {
+            self.discovery.on_event(event, now_ns);
+        }
+        false
+    }
+
+    fn apply(&mut self, action: Action) {
+        match action {
+            Action::AttachLibrary(library) => self.attach(&library),
+            Action::ReleaseLibrary(id) => {
+                if let Some(probes) = &mut self.probes {
+                    probes.release_library(id);
+                }
+            }
+            Action::Trace { facts, .. } => self.trace(facts),
+            Action::Gone(key) => self.gone(key),
+        }
+    }
+
+    fn attach(&mut self, library: &Library) {
+        let Some(probes) = &mut self.probes else { return };
+        match probes.attach_library(library) {
+            Ok(attached) => {
+                tracing::info!(library = library.shown, functions = attached.functions, took = ?attached.took, "attached");
+                let failed: Vec<String> = attached
+                    .failed
+                    .iter()
+                    .map(|failure| format!("{} ({})", failure.symbol, failure.why))
+                    .collect();
+                if attached.inode_differs {
+                    let why = "the file was replaced after the process mapped it, or lies on an overlay: its calls may stay \
+                               unseen until the process restarts";
+                    self.trouble(library, Some(why.to_owned()));
+                } else if failed.is_empty() {
+                    self.trouble(library, None);
+                } else {
+                    self.trouble(library, Some(format!("calls stay unseen: {}", failed.join(", "))));
+                }
+            }
+            Err(error) => {
+                self.discovery.attach_failed(library.id);
+                self.trouble(library, Some(error.to_string()));
+            }
+        }
+    }
+
+    /// Keeps one line of trouble per library, and the health of attaching as a whole.
+    fn trouble(&mut self, library: &Library, why: Option<String>) {
+        let before = self.troubles.clone();
+        match why {
+            Some(why) => self.troubles.insert(library.shown.clone(), why),
+            None => self.troubles.remove(&library.shown),
+        };
+        if self.troubles == before {
+            return;
+        }
+        let text: Vec<String> = self
+            .troubles
+            .iter()
+            .map(|(shown, why)| format!("{shown}: {why}"))
+            .collect();
+        let condition = if text.is_empty() {
+            Condition::Works
+        } else {
+            Condition::Degraded(text.join("; "))
+        };
+        if !text.is_empty() {
+            tracing::warn!(trouble = text.join("; "), "some libraries are not fully seen");
+        }
+        self.shared.status.lock().set_health("attach", condition);
+    }
+
+    fn trace(&mut self, facts: Box<ProcessFacts>) {
+        let key = facts.key;
+        if self.keys.insert(key.pid, key) != Some(key) {
+            self.shared.set_keys(self.keys.clone());
+            if let Some(probes) = &mut self.probes
+                && let Err(error) = probes.trace_process(key.pid, facts.role)
+            {
+                tracing::warn!(pid = key.pid, %error, "the process is not traced");
+            }
+            tracing::info!(pid = key.pid, job = facts.job, rank = facts.rank, gpu = facts.gpu, role = ?facts.role, "process");
+        }
+        self.tell(Fact::Process(facts));
+    }
+
+    fn gone(&mut self, key: ProcessKey) {
+        if let Some(probes) = &mut self.probes
+            && self.keys.get(&key.pid) == Some(&key)
+        {
+            probes.forget_process(key.pid);
+        }
+        self.lingering.insert(key, super::now_ns() + LINGER_NS);
+        self.tell(Fact::ProcessGone(key));
+    }
+
+    fn tell(&self, fact: Fact) {
+        let observation = Observation {
+            window: Window::instant(super::now_ns()),
+            fact,
+        };
+        // The gathering thread takes these every time it runs; it is gone only when the agent stops.
+        if self.facts.send(observation).is_err() {
+            tracing::debug!("facts about processes find no reader: the agent stops");
+        }
+    }
+
+    fn forget_the_gone(&mut self, now_ns: u64) {
+        let before = self.keys.len();
+        let keys = &mut self.keys;
+        self.lingering.retain(|key, until_ns| {
+            let done = *until_ns <= now_ns;
+            if done && keys.get(&key.pid) == Some(key) {
+                keys.remove(&key.pid);
+            }
+            !done
+        });
+        if self.keys.len() != before {
+            self.shared.set_keys(self.keys.clone());
+        }
+    }
+}
