@@ -115,7 +115,10 @@ impl Switch {
                     .for_each(|rank| knobs(rank).decode_ppm.store(ppm, SeqCst));
             }
             FaultKind::Storage => {
-                let bytes_per_s = job.sample_bytes() as f64 / (amount / 100.0 * job.step_s());
+                // A worker reads, then decodes: what is left of the time between batches goes to reading.
+                let decode_s = job.decode_ms / 1e3 / f64::from(job.workers);
+                let read_s = (amount / 100.0 * job.step_s() - decode_s).max(0.001);
+                let bytes_per_s = job.sample_bytes() as f64 / read_s;
                 for rank in &ranks {
                     throttle(scene, *rank, "read", on.then_some(bytes_per_s as u64))?;
                     knobs(rank).cold_reads.store(u32::from(on), SeqCst);

@@ -6,6 +6,10 @@ use std::time::Duration;
 
 use virtual_node_state::log;
 
+use virtual_node_state::log::Record;
+use virtual_node_state::power::REFERENCE_MHZ;
+
+use super::schedule::COPY_LATENCY_NS;
 use super::*;
 use crate::module::KernelLoad;
 
