@@ -306,7 +306,10 @@ fn cuda_copy_async(ctx: ProbeContext) -> u32 {
         return 0;
     };
     // Inside a traced copy it is the driver's own doing.
-    if CUDA_CALLS.get_ptr(task.0).is_some() {
+    if let Some(open) = CUDA_CALLS.get_ptr(task.0)
+        // SAFETY: the entry belongs to this thread, which is here.
+        && stack_pointer(&ctx) < unsafe { (*open).stack_pointer }
+    {
         return 0;
     }
     end_runs(task);

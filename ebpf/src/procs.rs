@@ -75,12 +75,13 @@ fn process_fork(ctx: TracePointContext) -> u32 {
 #[tracepoint]
 fn process_exit(ctx: TracePointContext) -> u32 {
     let task = Task::current();
-    if !is_traced(task.tgid()) {
-        return 0;
-    }
+    // Also of a process that is traced no longer: it may have left entries.
     nccl::thread_gone(task);
     cuda::thread_gone(task);
     sched::thread_gone(task);
+    if !is_traced(task.tgid()) {
+        return 0;
+    }
     let group_dead = match EXIT_GROUP_DEAD.get() as usize {
         0 => task.tid() == task.tgid(),
         // SAFETY: the helper checks the address; the offset comes from this kernel's format file.

@@ -104,6 +104,8 @@ fn leave(ctx: &TracePointContext, now: u64) {
         return;
     };
     if state & DEAD_OR_ZOMBIE != 0 {
+        // Its exit was seen, but until now it could still lose the CPU and get an entry anew.
+        thread_gone(task);
         return;
     }
     let reason = if state & UNINTERRUPTIBLE != 0 {
