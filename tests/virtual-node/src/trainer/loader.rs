@@ -15,6 +15,7 @@ use virtual_node_state::control::Control;
 use virtual_node_state::map::Shared;
 
 use crate::plan::Plan;
+use crate::topology::CPU;
 
 /// What a worker says about a batch; the batch itself would lie in shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,14 +26,34 @@ pub(crate) struct Batch {
     pub(crate) cpu_ns: u64,
     /// Time blocked in reads.
     pub(crate) io_ns: u64,
+    /// Time the whole process group was throttled meanwhile.
+    pub(crate) throttled_ns: u64,
 }
 
-const BATCH_BYTES: usize = 32;
+const BATCH_BYTES: usize = 40;
 
 impl Batch {
+    /// What the batch's time went to: computing or wanting a processor, blocked in reads, and all of it; the rest is
+    /// the quota's.
+    pub(crate) fn account(self) -> [u64; 3] {
+        let all = self.end_ns - self.begin_ns;
+        let starved = all.saturating_sub(self.cpu_ns + self.io_ns);
+        [
+            self.cpu_ns + starved - starved.min(self.throttled_ns),
+            self.io_ns,
+            all,
+        ]
+    }
+
     fn encode(self) -> [u8; BATCH_BYTES] {
         let mut bytes = [0; BATCH_BYTES];
-        let words = [self.begin_ns, self.end_ns, self.cpu_ns, self.io_ns];
+        let words = [
+            self.begin_ns,
+            self.end_ns,
+            self.cpu_ns,
+            self.io_ns,
+            self.throttled_ns,
+        ];
         for (to, word) in bytes.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
@@ -46,6 +67,7 @@ impl Batch {
             end_ns: word(1),
             cpu_ns: word(2),
             io_ns: word(3),
+            throttled_ns: word(4),
         }
     }
 }
@@ -131,27 +153,38 @@ pub(crate) fn run(dir: &Path, rank: u32, worker: u64, workers: u64) -> anyhow::R
     let control = Shared::<Control>::open(&plan.control()).context("failed to map the job's control file")?;
     let knobs = &control.ranks[rank as usize];
     let decode_ns = (plan.scenario.job.decode_ms * 1e6) as u64;
+    let group = format!("{CPU}{}/cpu.stat", plan.rank_cgroup(rank));
     let (mut requests, mut batches) = (stdin().lock(), stdout().lock());
     let mut request = [0; 1];
     let mut index = worker;
     while requests.read(&mut request)? == 1 {
-        let begin_ns = now_ns();
+        let (begin_ns, throttled_before) = (now_ns(), throttled_ns(&group));
         let cpu_before = thread_cpu_ns();
         let (io_ns, read_cpu_ns) =
             read_sample(&plan.sample(rank, index), knobs.cold_reads.load(Relaxed) != 0)?;
         burn(decode_ns * knobs.decode_ppm.load(Relaxed) / PPM);
         let cpu_ns = (thread_cpu_ns() - cpu_before).saturating_sub(read_cpu_ns);
+        let throttled_ns = throttled_ns(&group).saturating_sub(throttled_before);
         let batch = Batch {
             begin_ns,
             end_ns: now_ns(),
             cpu_ns,
             io_ns,
+            throttled_ns,
         };
         batches.write_all(&batch.encode())?;
         batches.flush()?;
         index += workers;
     }
     Ok(())
+}
+
+/// Time a group was throttled by its quota so far; 0 when it cannot be read, which is when the group is gone.
+fn throttled_ns(stat: &str) -> u64 {
+    let text = std::fs::read_to_string(stat).unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("throttled_time ")?.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 /// Reads a file to its end; time blocked and processor time used.

@@ -110,6 +110,15 @@ fn share_id(plan: &Plan, rank: u32, collectives: &Collectives) -> anyhow::Result
     bail!("rank 0 did not open the job's store within 30 s")
 }
 
+/// Time this thread has waited for a processor so far; 0 on a kernel that does not say.
+fn run_delay_ns() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split_whitespace()
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .unwrap_or(0)
+}
+
 impl Trainer {
     fn knobs(&self) -> &RankControl {
         &self.control.ranks[self.rank as usize]
@@ -126,7 +135,7 @@ impl Trainer {
                 self.knobs().first_step_ns.store(begin, SeqCst);
             }
             self.knobs().steps.store(step + 1, SeqCst);
-            self.step(step, (step + 1) % sync_every == 0)?;
+            self.step((step + 1) % sync_every == 0)?;
             let every = u64::from(self.knobs().checkpoint_every.load(SeqCst));
             if every > 0 && (step + 1) % every == 0 {
                 self.checkpoint(step)?;
@@ -156,7 +165,7 @@ impl Trainer {
         self.spans.write(&span).context("failed to write the host's log")
     }
 
-    fn step(&mut self, step: u64, synchronise: bool) -> anyhow::Result<()> {
+    fn step(&mut self, synchronise: bool) -> anyhow::Result<()> {
         let split = self.knobs().launch_split.load(Relaxed).max(1);
         if split != self.kernels.split {
             self.device.synchronize(self.compute)?;
@@ -165,11 +174,7 @@ impl Trainer {
         }
         let begin = now_ns();
         let batch = self.loaders.next()?;
-        self.span(
-            SpanKind::DataWait,
-            begin,
-            [batch.cpu_ns, batch.io_ns, batch.end_ns - batch.begin_ns],
-        )?;
+        self.span(SpanKind::DataWait, begin, batch.account())?;
 
         let bytes = usize::try_from(self.plan.scenario.job.sample_bytes())?;
         self.device
@@ -185,9 +190,10 @@ impl Trainer {
         self.device
             .copy_to_host(self.loss, self.gradients, 4, self.compute)?;
         if synchronise {
-            let begin = now_ns();
+            let (begin, delay) = (now_ns(), run_delay_ns());
             self.device.synchronize(self.compute)?;
-            self.span(SpanKind::Sync, begin, [step, 0, 0])?;
+            let delay_ns = run_delay_ns().saturating_sub(delay);
+            self.span(SpanKind::Sync, begin, [delay_ns, 0, 0])?;
         }
         Ok(())
     }

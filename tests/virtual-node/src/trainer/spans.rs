@@ -11,11 +11,12 @@ use crate::plan::Node;
 pub(crate) enum SpanKind {
     /// A whole step; `first` is its index.
     Step,
-    /// Waiting for a batch; the loader's own figures for it: `first` processor ns, `second` ns blocked in reads, `third` ns in all.
+    /// Waiting for a batch; the loader's own account of it: `first` ns computing or wanting a processor, `second` ns
+    /// blocked in reads, `third` ns in all. What remains was taken by the group's quota.
     DataWait,
     /// Issuing work; `first` is the thread's processor time.
     Launch,
-    /// Blocked in a synchronisation.
+    /// Blocked in a synchronisation; `first` ns of it wanting a processor, which is once the GPU is done.
     Sync,
     /// Writing a checkpoint.
     Checkpoint,

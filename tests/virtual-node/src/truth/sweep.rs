@@ -238,12 +238,12 @@ fn host(span: &Span, start_ns: u64, end_ns: u64) -> Piece {
     let length = span.end_ns - span.start_ns;
     match span.kind {
         SpanKind::DataWait => {
-            // The loader's own account of this batch: computing, blocked in reads, wanting a processor.
-            let starved = span.third.saturating_sub(span.first + span.second);
+            // The loader's own account of this batch: computing, blocked in reads, throttled by the quota.
+            let throttled = span.third.saturating_sub(span.first + span.second);
             let weights = [
                 ("idle.data.cpu", span.first),
                 ("idle.data.storage", span.second),
-                ("idle.cpu.sched", starved),
+                ("idle.cpu.sched", throttled),
             ];
             Piece::shared(start_ns, end_ns, &weights)
         }
@@ -255,7 +255,19 @@ fn host(span: &Span, start_ns: u64, end_ns: u64) -> Piece {
                 &[("idle.launch", on_cpu), ("idle.cpu.sched", length - on_cpu)],
             )
         }
-        SpanKind::Sync => Piece::whole(start_ns, end_ns, "idle.cpu.sync"),
+        SpanKind::Sync => {
+            let length = end_ns - start_ns;
+            let late = if end_ns == span.end_ns {
+                span.first.min(length)
+            } else {
+                0
+            };
+            Piece::shared(
+                start_ns,
+                end_ns,
+                &[("idle.cpu.sync", length - late), ("idle.cpu.sched", late)],
+            )
+        }
         SpanKind::Checkpoint => Piece::whole(start_ns, end_ns, "idle.ckpt"),
         SpanKind::Step => Piece::whole(start_ns, end_ns, "idle.unknown"),
     }
