@@ -57,3 +57,18 @@ pub(crate) fn emit<T>(ring: Ring, record: &T) {
         unsafe { *drops += 1 };
     }
 }
+
+/// Says something to the agent's log; only in builds with the feature `log`.
+#[cfg(feature = "log")]
+macro_rules! note {
+    ($context:expr, $($argument:tt)*) => {
+        aya_log_ebpf::debug!($context, $($argument)*)
+    };
+}
+
+#[cfg(not(feature = "log"))]
+macro_rules! note {
+    ($context:expr, $($argument:tt)*) => {};
+}
+
+pub(crate) use note;

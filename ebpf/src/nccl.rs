@@ -19,7 +19,7 @@ use stallscope_records::{
 
 use crate::{
     call::{after_id, arguments, by_value_id, cookie, entry_stack_pointer, read_user, stack_pointer},
-    emit::emit,
+    emit::{emit, note},
     filter::{Task, traced},
 };
 
@@ -240,6 +240,12 @@ struct Construction {
 
 #[inline(always)]
 fn enter_constructor(ctx: &ProbeContext, task: Task, made: &Construction) {
+    note!(
+        ctx,
+        "thread {} enters constructor {}",
+        task.tid(),
+        made.function as u32
+    );
     let stack_pointer = stack_pointer(ctx);
     if let Some(open) = NCCL_CONSTRUCTORS.get_ptr(task.0) {
         // SAFETY: the entry belongs to this thread, which is here.

@@ -11,7 +11,7 @@ use stallscope_records::{Head, Kind, Ring, record::Bare};
 
 use crate::{
     cuda,
-    emit::emit,
+    emit::{emit, note},
     filter::{Task, forget, is_traced, trace_child},
     nccl, sched,
     settings::{EXIT_GROUP_DEAD, NEWTASK_FLAGS, NEWTASK_PID, SYSCALL_ARGS},
@@ -66,6 +66,7 @@ fn process_fork(ctx: TracePointContext) -> u32 {
         && flags & CLONE_THREAD == 0
     {
         trace_child(child);
+        note!(&ctx, "process {} has the child {}", task.tgid(), child);
         notify(Kind::Fork, child, child, task.tgid());
     }
     0

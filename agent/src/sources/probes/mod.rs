@@ -22,6 +22,8 @@ mod decode;
 mod detach;
 mod filter;
 mod format;
+#[cfg(feature = "bpf-log")]
+mod kernel_log;
 mod object;
 mod points;
 mod rings;

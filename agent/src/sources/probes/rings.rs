@@ -97,6 +97,8 @@ pub struct Reader {
     launch_gap_ns: u64,
     last_fold_ns: u64,
     last_runs_ns: u64,
+    #[cfg(feature = "bpf-log")]
+    log: super::kernel_log::KernelLog,
 }
 
 /// The open runs of one thread as the kernel's map holds them: first, last, stream, and both counts in one word.
@@ -134,6 +136,8 @@ impl Reader {
             launch_gap_ns,
             last_fold_ns: now,
             last_runs_ns: now,
+            #[cfg(feature = "bpf-log")]
+            log: super::kernel_log::KernelLog::new(ebpf),
         })
     }
 
@@ -149,6 +153,8 @@ impl Reader {
         if !timeout.is_zero() {
             self.wait(timeout)?;
         }
+        #[cfg(feature = "bpf-log")]
+        self.log.pass_on();
         let mut records = 0;
         for (ring, buffer) in &mut self.rings {
             for _ in 0..BATCH {
