@@ -188,7 +188,12 @@ impl Cluster {
     pub fn start_agent(&mut self, index: usize) -> Result<()> {
         let agent = &mut self.agents[index];
         let mut command = inside(Some(&agent.namespace), &self.programs.stallscope);
-        command.arg("agent").arg("--config").arg(&agent.config);
+        // The agent does not know these: the node's management library, loaded into it, does.
+        command
+            .arg("agent")
+            .arg("--config")
+            .arg(&agent.config)
+            .envs(&agent.node.env);
         let log = self.dir.join(format!("agent-{}.log", agent.node.name));
         let mut child = Child::start(
             &format!("agent on {}", agent.node.name),
