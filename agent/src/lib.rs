@@ -10,6 +10,7 @@ pub mod config;
 pub mod control;
 pub mod doctor;
 pub mod observation;
+pub mod record;
 pub mod runtime;
 pub mod sources;
 pub mod store;

@@ -12,6 +12,9 @@ pub(super) struct Args {
     /// Configuration file (TOML); its default place when absent
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Also write every observation to this file, for replay
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
 }
 
 pub(super) fn run(args: Args) -> ExitCode {
@@ -21,6 +24,7 @@ pub(super) fn run(args: Args) -> ExitCode {
     };
     let options = Options {
         config,
+        record: args.record,
         ..Options::default()
     };
     finish(runtime::run(&options))

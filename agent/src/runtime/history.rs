@@ -13,6 +13,7 @@ use super::own::{OwnMeter, clean};
 use super::shared::Shared;
 use super::status::{Condition, GpuStatus};
 use crate::observation::{Fact, GpuReading, Observation};
+use crate::record::Recorder;
 use crate::sources::clock;
 use crate::store::{Ring, Scope, Spool, Writer, Written, read_back};
 use crate::timeline::{Event, Timeline};
@@ -35,6 +36,7 @@ pub(super) struct History {
     writer: Option<Writer>,
     ring: Option<Arc<Ring>>,
     store_dir: PathBuf,
+    recorder: Option<Recorder>,
     batches: Receiver<Vec<Observation>>,
     throttling: BTreeMap<u32, VecDeque<Throttled>>,
     meter: OwnMeter,
@@ -54,6 +56,7 @@ impl History {
         shared: Arc<Shared>,
         store_dir: &Path,
         ring: Option<Arc<Ring>>,
+        recorder: Option<Recorder>,
         batches: Receiver<Vec<Observation>>,
     ) -> Self {
         let writer = ring
@@ -65,6 +68,7 @@ impl History {
             writer,
             ring,
             store_dir: store_dir.to_owned(),
+            recorder,
             batches,
             throttling: BTreeMap::new(),
             meter: OwnMeter::default(),
@@ -138,6 +142,16 @@ impl History {
     }
 
     fn take(&mut self, batch: Vec<Observation>) {
+        if let Some(recorder) = &mut self.recorder
+            && let Err(error) = recorder.write(&batch)
+        {
+            tracing::error!(%error, "recording stops");
+            self.shared
+                .status
+                .lock()
+                .set_health("record", Condition::Missing(error.to_string()));
+            self.recorder = None;
+        }
         for observation in batch {
             match &observation.fact {
                 Fact::Gpu(reading) => self.show_reading(observation.window, reading),
@@ -267,6 +281,11 @@ impl History {
     fn finish(&mut self) {
         if let Some(Err(error)) = self.ring.as_ref().map(|ring| ring.sync()) {
             tracing::warn!(%error, "the store may lose its last seconds if the node crashes now");
+        }
+        if let Some(recorder) = self.recorder.take()
+            && let Err(error) = recorder.finish()
+        {
+            tracing::error!(%error, "the recording is incomplete");
         }
         let counters = self.timeline.counters();
         tracing::info!(

@@ -17,6 +17,7 @@ mod own;
 mod shared;
 pub mod status;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
@@ -28,6 +29,7 @@ use tokio::sync::watch;
 
 use crate::config::{Config, StreamTarget};
 use crate::control::server::ControlServer;
+use crate::record::{RecordError, Recorder};
 use crate::sources::clock;
 use crate::sources::net::NetSource;
 use crate::sources::nvml::NvmlSource;
@@ -58,6 +60,9 @@ pub enum RunError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Observations were to be recorded and cannot be.
+    #[error(transparent)]
+    Record(#[from] RecordError),
 }
 
 /// What to run.
@@ -65,6 +70,10 @@ pub enum RunError {
 pub struct Options {
     /// The configuration.
     pub config: Config,
+    /// Where to record observations.
+    pub record: Option<PathBuf>,
+    /// Record only: no store, no stream, no control socket.
+    pub record_only: bool,
     /// Stop by itself after this time.
     pub run_for: Option<Duration>,
 }
@@ -91,9 +100,22 @@ async fn supervise(options: &Options) -> Result<(), RunError> {
     let config = &options.config;
     let shared = Arc::new(Shared::new(config.node_name()));
     tracing::info!(node = %shared.node, "agent starts");
-    let ring = open_store(config, &shared);
-    let _control = open_control(config, &shared);
-    let threads = start_threads(config, &shared, ring.clone())?;
+    let recorder = options
+        .record
+        .as_deref()
+        .map(|path| Recorder::create(path, &shared.node))
+        .transpose()?;
+    let ring = if options.record_only {
+        None
+    } else {
+        open_store(config, &shared)
+    };
+    let _control = if options.record_only {
+        None
+    } else {
+        open_control(config, &shared)
+    };
+    let threads = start_threads(config, &shared, ring.clone(), recorder)?;
 
     let (stop_stream, stopped) = watch::channel(false);
     let streaming = ring.and_then(|ring| start_stream(config, &shared, ring, stopped));
@@ -142,6 +164,7 @@ fn start_threads(
     config: &Config,
     shared: &Arc<Shared>,
     ring: Option<Arc<Ring>>,
+    recorder: Option<Recorder>,
 ) -> Result<Vec<JoinHandle<()>>, RunError> {
     let (batches, received) = sync_channel(BATCHES);
     let (events, news) = sync_channel(EVENTS);
@@ -165,7 +188,7 @@ fn start_threads(
         news,
         facts,
     );
-    let history = history::History::new(Arc::clone(shared), &config.store.dir, ring, received);
+    let history = history::History::new(Arc::clone(shared), &config.store.dir, ring, recorder, received);
     Ok(vec![
         spawn("stallscope-find", shared, move || discover.run())?,
         spawn("stallscope-read", shared, move || gather.run())?,
