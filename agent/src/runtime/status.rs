@@ -13,6 +13,10 @@ pub const RECENT_STEPS: usize = 512;
 pub const RECENT_SPANS: usize = 64;
 /// Most recent port windows kept for the node.
 pub const RECENT_PORTS: usize = 512;
+/// Most recent jobs kept.
+pub const RECENT_JOBS: usize = 32;
+/// Most processes kept per job; those heard of last.
+pub const RECENT_GPUS: usize = 64;
 /// Most recent gaps kept.
 pub const RECENT_GAPS: usize = 128;
 
@@ -126,6 +130,7 @@ pub struct OwnUse {
 #[derive(Debug, Clone, Default)]
 pub struct Recent {
     jobs: BTreeMap<String, RecentJob>,
+    heard: u64,
     ports: VecDeque<PortFacts>,
     gaps: VecDeque<RecordGap>,
 }
@@ -140,6 +145,8 @@ struct RecentJob {
 struct RecentGpu {
     steps: VecDeque<GpuStep>,
     spans: VecDeque<Span>,
+    /// When it was heard of last, in the count of everything heard.
+    heard: u64,
 }
 
 fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, most: usize) {
@@ -156,8 +163,28 @@ impl Recent {
     }
 
     fn gpu(&mut self, subject: &GpuSubject) -> &mut RecentGpu {
+        self.heard += 1;
+        if self.jobs.len() >= RECENT_JOBS && !self.jobs.contains_key(&subject.job) {
+            let heard = |job: &RecentJob| job.gpus.values().map(|gpu| gpu.heard).max();
+            let oldest = self
+                .jobs
+                .iter()
+                .min_by_key(|(_, job)| heard(job))
+                .map(|(name, _)| name.clone());
+            oldest.and_then(|name| self.jobs.remove(&name));
+        }
         let job = self.jobs.entry(subject.job.clone()).or_default();
-        job.gpus.entry(subject.clone()).or_default()
+        if job.gpus.len() >= RECENT_GPUS && !job.gpus.contains_key(subject) {
+            let oldest = job
+                .gpus
+                .iter()
+                .min_by_key(|(_, gpu)| gpu.heard)
+                .map(|(subject, _)| subject.clone());
+            oldest.and_then(|subject| job.gpus.remove(&subject));
+        }
+        let gpu = job.gpus.entry(subject.clone()).or_default();
+        gpu.heard = self.heard;
+        gpu
     }
 
     /// Adds a step.

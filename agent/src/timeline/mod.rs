@@ -388,30 +388,33 @@ impl Timeline {
         }
         let is_new = process.announced.is_none();
         process.announced = Some(now.clone());
-        let kind = process.facts.kind.clone();
+        let kind = process.facts.kind.as_deref().and_then(subject::name);
         let subject = Arc::new(now);
         events.push(Event::Subject {
             subject: Arc::clone(&subject),
             kind,
         });
-        if is_new
-            && let Some(at) = self
-                .resume
-                .iter()
-                .position(|(earlier, _)| same_gpu(earlier, &subject))
-        {
-            let (_, left_off_ns) = self.resume.swap_remove(at);
-            if let Some(hole) = Window::new(left_off_ns, first.start_ns())
-                && !hole.is_empty()
-            {
-                let span = self.span(SpanKind::Unobserved, hole, Budget::unobserved(hole.len_ns()));
-                events.push(Event::Span {
-                    subject: Arc::clone(&subject),
-                    span: Box::new(span),
-                });
-            }
+        if is_new && let Some(hole) = self.hole_before(&subject, first.start_ns()) {
+            let span = self.span(SpanKind::Unobserved, hole, Budget::unobserved(hole.len_ns()));
+            events.push(Event::Span {
+                subject: Arc::clone(&subject),
+                span: Box::new(span),
+            });
         }
         Some(subject)
+    }
+}
+
+impl Timeline {
+    /// The time between where an earlier run of the agent left the subject and `first_ns`.
+    fn hole_before(&mut self, subject: &GpuSubject, first_ns: u64) -> Option<Window> {
+        let earlier = self
+            .resume
+            .iter()
+            .filter(|(earlier, _)| same_gpu(earlier, subject));
+        let left_off_ns = earlier.map(|(_, left_off_ns)| *left_off_ns).max()?;
+        self.resume.retain(|(earlier, _)| !same_gpu(earlier, subject));
+        Window::new(left_off_ns, first_ns).filter(|hole| !hole.is_empty())
     }
 }
 

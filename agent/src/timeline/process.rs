@@ -32,6 +32,8 @@ const COLLECTIVES_STALE_NS: u64 = 30_000_000_000;
 const JUMP_NS: u64 = 600_000_000_000;
 /// Reads below this do not make a thread a data loader, bytes.
 const LEAST_READ_BYTES: u64 = 4_096;
+/// A copy to the device of less is no batch, bytes.
+const LEAST_BATCH_BYTES: u64 = 1_024;
 const MOST_QUOTA: usize = 4_096;
 const MOST_LOST: usize = 1_024;
 const MOST_GROUP_THREADS: usize = 64;
@@ -405,6 +407,9 @@ impl Process {
     fn copy(&mut self, tid: u32, bytes: u64, direction: CopyDirection, stream: Option<u64>, window: Window) {
         let blocked_ns = if stream.is_none() { window.len_ns() } else { 0 };
         self.marks.copied(bytes, direction, blocked_ns, window.end_ns());
+        if direction == CopyDirection::ToDevice && bytes >= LEAST_BATCH_BYTES {
+            self.by_collectives.fed();
+        }
         if direction == CopyDirection::ToHost {
             self.checkpoints.copied_to_host(bytes, window);
         }

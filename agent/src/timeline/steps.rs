@@ -5,12 +5,18 @@
 //! edge lies at the first drain after the last call of the pattern, or, if the GPU was not drained there, at the
 //! begin of the next call. Where the sequence leaves the pattern, time until it returns is *between* steps.
 //!
-//! Where in the pattern a step begins is free; of the places with a drain the one is taken whose rotation of the
+//! A job that waits for its GPU only every so many steps shows a pattern of that many steps. Inside it the calls' own
+//! period, told apart by whether a batch was copied to the device before a call, gives the step; edges then all lie at
+//! the begin of a step's first call, so that steps with and without a drain are measured alike.
+//!
+//! Where in the pattern a step begins is otherwise free; of the places with a drain the one is taken whose rotation of the
 //! pattern is smallest, so that all ranks of a job choose the same.
 
 use std::collections::VecDeque;
 
 use stallscope_attribution::steps::{find_period, find_period_timed};
+
+use super::marks::mix;
 
 /// Token of a drain.
 const DRAIN: u64 = u64::MAX;
@@ -36,6 +42,15 @@ pub(super) struct Region {
 struct Item {
     token: u64,
     at_ns: u64,
+    /// A batch was copied to the device since the call before.
+    fed: bool,
+}
+
+impl Item {
+    /// The token, told apart by feeding.
+    const fn fed_token(self) -> u64 {
+        if self.fed { mix(self.token, 1) } else { self.token }
+    }
 }
 
 #[derive(Debug)]
@@ -45,6 +60,8 @@ struct Pattern {
     drains: Vec<bool>,
     /// Only one distinct call: order alone cannot tell the position.
     uniform: bool,
+    /// The calls are told apart by feeding, and edges lie at calls.
+    fed: bool,
 }
 
 /// What the calls of a finder are.
@@ -72,6 +89,7 @@ pub(super) struct StepFinder {
     drained_ns: Option<u64>,
     undrained: u32,
     last_call_ns: Option<u64>,
+    fed: bool,
 }
 
 impl StepFinder {
@@ -89,6 +107,7 @@ impl StepFinder {
             drained_ns: None,
             undrained: 0,
             last_call_ns: None,
+            fed: false,
         }
     }
 
@@ -102,12 +121,22 @@ impl StepFinder {
         self.last_call_ns
     }
 
+    /// A batch was copied to the device.
+    pub(super) const fn fed(&mut self) {
+        self.fed = true;
+    }
+
     /// A call began. Regions that are now complete are appended.
     pub(super) fn call(&mut self, token: u64, at_ns: u64, regions: &mut Vec<Region>) {
         self.last_call_ns = Some(at_ns);
-        self.keep(Item { token, at_ns });
+        let item = Item {
+            token,
+            at_ns,
+            fed: std::mem::take(&mut self.fed),
+        };
+        self.keep(item);
         if self.pattern.is_some() {
-            self.follow_call(token, at_ns, regions);
+            self.follow_call(item, regions);
             self.drop_a_lost_pattern();
         } else if self.items.len() >= self.next_search && self.span_ns() >= LEAST_SPAN_NS {
             self.next_search = self.items.len() + self.items.len() / 4;
@@ -123,7 +152,11 @@ impl StepFinder {
         if self.items.back().is_none_or(|last| last.token == DRAIN) {
             return;
         }
-        self.keep(Item { token: DRAIN, at_ns });
+        self.keep(Item {
+            token: DRAIN,
+            at_ns,
+            fed: false,
+        });
         self.follow_drain(at_ns, regions);
     }
 
@@ -146,6 +179,9 @@ impl StepFinder {
     fn follow_drain(&mut self, at_ns: u64, regions: &mut Vec<Region>) {
         self.drained_ns.get_or_insert(at_ns);
         let Some(pattern) = &self.pattern else { return };
+        if pattern.fed {
+            return;
+        }
         if self.whole {
             regions.push(Region {
                 end_ns: at_ns,
@@ -160,9 +196,13 @@ impl StepFinder {
         }
     }
 
-    fn follow_call(&mut self, token: u64, at_ns: u64, regions: &mut Vec<Region>) {
+    fn follow_call(&mut self, item: Item, regions: &mut Vec<Region>) {
         let Some(pattern) = &self.pattern else { return };
-        let drained_ns = self.drained_ns.take();
+        let at_ns = item.at_ns;
+        let (token, drained_ns) = match (pattern.fed, self.drained_ns.take()) {
+            (true, _) => (item.fed_token(), None),
+            (false, drained_ns) => (item.token, drained_ns),
+        };
         if self.whole {
             regions.push(Region {
                 end_ns: at_ns,
@@ -202,7 +242,7 @@ impl StepFinder {
             if item.token == DRAIN {
                 self.follow_drain(item.at_ns, regions);
             } else {
-                self.follow_call(item.token, item.at_ns, regions);
+                self.follow_call(item, regions);
             }
         }
     }
@@ -238,38 +278,66 @@ impl StepFinder {
     }
 
     fn search_part(&self, items: &[Item]) -> Option<Pattern> {
+        let drained = self.search_drained(items);
+        let fine = self.search_calls(items, true);
+        match (drained, fine) {
+            (Some(drained), Some(fine)) => {
+                let (coarse, calls) = (drained.calls.len(), fine.calls.len());
+                Some(if coarse > calls && coarse.is_multiple_of(calls) {
+                    fine
+                } else {
+                    drained
+                })
+            }
+            (Some(drained), None) => Some(drained),
+            (None, fine) => {
+                let drains =
+                    |items: &mut dyn Iterator<Item = &Item>| items.filter(|item| item.token == DRAIN).count();
+                let seldom = drains(&mut self.items.iter()) >= 3 && drains(&mut items.iter()) == 0;
+                // A part of a step can have a period of its own: where drains are usual, one must be in it.
+                if seldom {
+                    None
+                } else {
+                    self.search_calls(items, false).or(fine)
+                }
+            }
+        }
+    }
+
+    /// The period of calls and drains.
+    fn search_drained(&self, items: &[Item]) -> Option<Pattern> {
         let tokens: Vec<u64> = items.iter().map(|item| item.token).collect();
-        let drains = tokens.iter().filter(|token| **token == DRAIN).count();
-        let with_drains = find_period(&tokens).and_then(|period| {
-            let pattern = repeated(&tokens, period.lag)?;
-            let mixed = pattern.contains(&DRAIN) && pattern.iter().any(|token| *token != DRAIN);
-            mixed.then(|| smallest_rotation(pattern))
-        });
-        if with_drains.is_some() {
-            return with_drains.as_deref().map(Pattern::new);
-        }
-        let ever_drained = self.items.iter().filter(|item| item.token == DRAIN).count() >= 3;
-        if ever_drained && drains == 0 {
-            return None;
-        }
+        let period = find_period(&tokens)?;
+        let pattern = repeated(&tokens, period.lag)?;
+        let mixed = pattern.contains(&DRAIN) && pattern.iter().any(|token| *token != DRAIN);
+        mixed.then(|| Pattern::new(&smallest_rotation(pattern)))
+    }
+
+    /// The period of the calls alone, told apart by feeding or not.
+    fn search_calls(&self, items: &[Item], fed: bool) -> Option<Pattern> {
         let calls: Vec<Item> = items.iter().copied().filter(|item| item.token != DRAIN).collect();
-        let tokens: Vec<u64> = calls.iter().map(|item| item.token).collect();
+        let token = |item: &Item| if fed { item.fed_token() } else { item.token };
+        let tokens: Vec<u64> = calls.iter().map(token).collect();
         let times: Vec<u64> = calls.iter().map(|item| item.at_ns).collect();
         let period = find_period_timed(&tokens, &times)?;
         if self.calls == Calls::Collectives && !period.is_conclusive() {
             return None;
         }
+        let lag = period.lag;
+        // What feeds a step comes before its first call.
+        let phase = match calls.iter().rposition(|item| fed && item.fed) {
+            Some(at) => at % lag,
+            None => period.phase,
+        };
         (0..tokens.len())
             .rev()
-            .filter(|at| at % period.lag == period.phase && at + 2 * period.lag <= tokens.len())
-            .map(|at| {
-                (
-                    &tokens[at..at + period.lag],
-                    &tokens[at + period.lag..at + 2 * period.lag],
-                )
-            })
+            .filter(|at| at % lag == phase && at + 2 * lag <= tokens.len())
+            .map(|at| (&tokens[at..at + lag], &tokens[at + lag..at + 2 * lag]))
             .find(|(pattern, next)| pattern == next)
-            .map(|(pattern, _)| Pattern::new(pattern))
+            .map(|(pattern, _)| Pattern {
+                fed,
+                ..Pattern::new(pattern)
+            })
     }
 }
 
@@ -291,6 +359,7 @@ impl Pattern {
             calls,
             drains,
             uniform,
+            fed: false,
         }
     }
 }

@@ -3,6 +3,7 @@
 use stallscope_attribution::facts::{DeviceProfile, GpuSubject};
 use stallscope_attribution::peaks;
 use stallscope_attribution::reading::Reading;
+use stallscope_proto::convert::MAX_NAME_BYTES;
 
 use crate::observation::{GpuReading, ProcessFacts};
 
@@ -58,16 +59,30 @@ pub(super) fn subject(
     GpuSubject {
         job: process
             .job
-            .clone()
+            .as_deref()
+            .and_then(name)
             .unwrap_or_else(|| format!("process-{}", process.key.pid)),
         node: node.to_owned(),
         gpu,
-        pci: device.pci.clone(),
-        device: device.name.clone(),
+        pci: name(&device.pci).unwrap_or_default(),
+        device: name(&device.name).unwrap_or_default(),
         rank,
         world: process.world.or(comm_rank.map(|(_, ranks)| ranks)).unwrap_or(0),
         pid: process.key.pid,
     }
+}
+
+/// Text from a process's environment or a driver as a name: one line, not too long, not empty.
+pub(super) fn name(text: &str) -> Option<String> {
+    let mut name: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    while name.len() > MAX_NAME_BYTES {
+        name.pop();
+    }
+    let name = name.trim();
+    (!name.is_empty()).then(|| name.to_owned())
 }
 
 /// The GPU on which readings see the process, if any does.

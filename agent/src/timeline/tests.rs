@@ -245,6 +245,50 @@ fn steps_lie_between_drains() {
     assert_covered(&events, 1_000 * MS, script.end_ns());
 }
 
+/// The loss is waited for every fourth step only; the buckets are equal.
+#[test]
+fn a_wait_every_so_many_steps_does_not_make_steps_longer() {
+    let mut script = Script::new(1_000 * MS);
+    script.now_ns += 1_000 * MS;
+    let mut first_calls = Vec::new();
+    for round in 0..80 {
+        script.copy(1 << 20, CopyDirection::ToDevice, Some(COPY), 10_000);
+        script.join(COPY, COMPUTE);
+        script.launches(COMPUTE, 100, 25 * MS);
+        for bucket in 0..4 {
+            script.join(COMPUTE, COMM);
+            if bucket == 0 {
+                first_calls.push(script.now_ns);
+            }
+            script.all_reduce(1 << 20);
+            script.launches(COMPUTE, 50, 10 * MS);
+        }
+        script.join(COMM, COMPUTE);
+        if round % 4 == 3 {
+            script.sync(SyncTarget::Stream(COMPUTE), 40 * MS);
+        }
+    }
+    let events = run(&script.log);
+    let found: Vec<Window> = steps(&events).iter().map(|step| step.window).collect();
+    let expected: Vec<Window> = first_calls
+        .windows(2)
+        .map(|pair| window(pair[0], pair[1]))
+        .collect();
+    assert_eq!(found, expected);
+    assert!(steps(&events).iter().all(|step| step.period_calls == 4));
+    assert_covered(&events, 1_000 * MS, script.end_ns());
+}
+
+#[test]
+fn names_fit_the_wire() {
+    assert_eq!(subject::name("a\nb").as_deref(), Some("a b"));
+    assert_eq!(subject::name(" \u{7} "), None);
+    assert_eq!(
+        subject::name(&"\u{e9}".repeat(2_000)).map(|name| name.len()),
+        Some(1_024)
+    );
+}
+
 #[test]
 fn without_drains_a_step_begins_with_the_pattern() {
     let mut script = Script::new(1_000 * MS);
@@ -521,7 +565,7 @@ fn time_an_earlier_agent_did_not_see_is_named() {
         world: 8,
         pid: PROCESS.pid,
     };
-    timeline.resume_from(vec![(earlier, 3_000 * MS)]);
+    timeline.resume_from(vec![(earlier.clone(), 2_000 * MS), (earlier, 3_000 * MS)]);
     let mut events = Vec::new();
     script
         .log
