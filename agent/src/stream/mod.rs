@@ -1,6 +1,6 @@
 //! The QUIC stream to a collector.
 //!
-//! [`core`] is the protocol without sockets or clock; `link` is one QUIC connection; [`run`] joins them; [`query`]
+//! [`core`] is the protocol without sockets or clock; `link` is one QUIC connection; [`run`] joins them; [`query()`]
 //! asks a collector for a report. What is sent is read from the store and stays there until the collector has it on
 //! disk, so an outage loses nothing as long as the store has room.
 

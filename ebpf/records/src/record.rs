@@ -16,7 +16,7 @@ pub enum Kind {
     GroupEnd = 4,
     /// [`Sync`].
     Sync = 10,
-    /// [`Copy`].
+    /// [`Copy`](struct@Copy).
     Copy = 11,
     /// [`EventOp`]: `cuEventRecord`.
     EventRecord = 12,

@@ -2,7 +2,7 @@
 //! streams in order in real time.
 //!
 //! Kernels do not compute; they take time. A module image is a text that says how long each kernel takes at the
-//! reference clock and what it uses (see [`module`]).
+//! reference clock and what it uses (see `module.rs`).
 
 mod api;
 mod engine;
