@@ -172,6 +172,7 @@ pub(super) fn ledgers(
     for at in order {
         let base = ledgers[at].baseline.map(|base| ledgers[base].ranks.clone());
         resplit(&mut ledgers[at], base.as_deref(), nodes);
+        resplit_data(&mut ledgers[at], base.as_deref());
     }
     ledgers
 }
@@ -271,9 +272,47 @@ fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
     }
 }
 
+/// Of two reasons for a late batch, the one that grew this many times as much as the other is the reason, percent.
+const DECISIVE_PERCENT: u64 = 150;
+
+/// Within one step a batch was waited for while loaders computed and read at once; over many steps it shows which of
+/// the two takes longer than it does in a healthy regime (without one: than the other). That one is waited for.
+fn resplit_data(ledger: &mut Ledger, base: Option<&[RankLedger]>) {
+    for (at, rank) in ledger.ranks.iter_mut().enumerate() {
+        let healthy = base.and_then(|base| base.get(at));
+        let grown = |of: &dyn Fn(&RankLedger) -> u64| {
+            let normal = healthy.map_or(0, |healthy| {
+                mul_div(of(healthy), rank.steps, healthy.steps.max(1))
+            });
+            of(rank).saturating_sub(normal)
+        };
+        let (computing, reading) = (
+            grown(&|rank| rank.worker_cpu_ns),
+            grown(&|rank| rank.worker_io_ns),
+        );
+        let beats = |one: u64, other: u64| one > 0 && mul_div(one, 100, DECISIVE_PERCENT) >= other;
+        let (from, to) = if beats(reading, computing) {
+            (Leaf::IdleDataCpu, Leaf::IdleDataStorage)
+        } else if beats(computing, reading) {
+            (Leaf::IdleDataStorage, Leaf::IdleDataCpu)
+        } else {
+            continue;
+        };
+        let own = grown(&|rank| rank.leaf(from));
+        let moved = grown(&|rank| rank.moved[from.index()]);
+        shift(rank, from, to, signed(own));
+        rank.moved[from.index()] -= moved;
+        rank.moved[to.index()] += moved;
+    }
+}
+
 /// Moves communication between its residual and another of its leaves.
 fn shift_comm(rank: &mut RankLedger, leaf: Leaf, ns: i64) {
-    for (leaf, ns) in [(leaf, ns), (Leaf::CommProto, -ns)] {
+    shift(rank, Leaf::CommProto, leaf, ns);
+}
+
+fn shift(rank: &mut RankLedger, from: Leaf, to: Leaf, ns: i64) {
+    for (leaf, ns) in [(to, ns), (from, -ns)] {
         rank.leaves[leaf.index()] += ns;
         rank.resplit[leaf.index()] += ns;
     }

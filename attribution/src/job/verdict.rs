@@ -1,31 +1,27 @@
 //! Causes named, with what was seen, what it was not, and what fixing them would return.
 
+mod checkpoint;
 mod costs;
 mod place;
+mod plain;
 mod rules;
 mod words;
 
 use super::align::AlignedStep;
 use super::ledger::Ledger;
-use super::{Evidence, Recovers, RuledOut, Verdict};
+use super::{Recovers, RuledOut, Verdict};
 use crate::budget::Budget;
 use crate::budget::arith::mul_div;
-use crate::cause::{Cause, Confidence, Place};
-use crate::facts::{GpuHistory, GpuSubject, PPM, SpanKind};
-use crate::leaf::{Class, Leaf};
+use crate::cause::{Cause, Place};
+use crate::facts::{GpuHistory, GpuSubject, PPM};
+use crate::leaf::Leaf;
 
 pub(super) use costs::cause_of;
 pub(super) use place::rank_place;
-use words::{View, evidence, millis, percent};
+use words::View;
 
-/// Checkpoints cost at least this share of all GPU time, parts per million.
-const CHECKPOINT_PPM: u64 = 30_000;
-/// Checkpoints since the first one, where there were none for long before.
-const CHECKPOINT_SINCE_PPM: u64 = 50_000;
-/// Steps longer than the healthy regime's by this much want an explanation, parts per million.
-const UNEXPLAINED_STEP_PPM: u64 = 250_000;
-/// Idle time without an explanation at this share is a finding of its own, parts per million.
-const UNEXPLAINED_IDLE_PPM: u64 = 200_000;
+/// Over the whole job, a further cause costs at least this share of the first, percent.
+const BESIDE_PERCENT: u64 = 15;
 /// What a fix returns at least of the cost, when nothing else binds next: percent.
 const RETURNS_PERCENT: u64 = 85;
 
@@ -46,7 +42,7 @@ pub(super) struct Case<'a> {
 /// The verdicts, largest first; never empty.
 pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
     let mut verdicts = Vec::new();
-    verdicts.extend(checkpoint(case));
+    verdicts.extend(checkpoint::checkpoint(case));
     let mut order: Vec<usize> = (0..case.ledgers.len()).collect();
     order.sort_by_key(|at| (case.ledgers[*at].baseline.is_some(), *at));
     let mut chronic = Vec::new();
@@ -84,7 +80,7 @@ pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
     }
     verdicts.sort_by(|a, b| b.cost_ns.cmp(&a.cost_ns).then(a.cause.cmp(&b.cause)));
     if verdicts.is_empty() {
-        verdicts.push(unexplained(case).unwrap_or_else(|| nothing(case)));
+        verdicts.push(plain::unexplained(case).unwrap_or_else(|| plain::nothing(case)));
     }
     verdicts
 }
@@ -96,7 +92,7 @@ fn verdict(
     candidate: &rules::Candidate,
     ruled_out: Vec<RuledOut>,
 ) -> Verdict {
-    let hit = place::hit(&candidate.cost);
+    let hit = place::hit(candidate.cause, &candidate.cost, ledger, base);
     let place = place::place(candidate.cause, &hit, case.subjects, ledger);
     let view = View {
         candidate,
@@ -204,9 +200,18 @@ fn leaf_of(cause: Cause) -> Option<Leaf> {
     })
 }
 
-/// The same cause at the same place in several regimes is one verdict: costs add up, the costliest speaks.
+/// The same cause in several regimes is one verdict: costs add up, the costliest speaks. Where regimes disagree about
+/// the place of anything but a device, the costlier one's place counts, or what both have in common.
 fn join(verdicts: &mut Vec<Verdict>, verdict: Verdict) {
-    let same = |other: &&mut Verdict| other.cause == verdict.cause && other.place == verdict.place;
+    let own_place = |cause| {
+        matches!(
+            cause,
+            Cause::DeviceThermal | Cause::DevicePowerCap | Cause::DeviceContention | Cause::DevicePcie
+        )
+    };
+    let same = |other: &&mut Verdict| {
+        other.cause == verdict.cause && (other.place == verdict.place || !own_place(verdict.cause))
+    };
     let Some(known) = verdicts.iter_mut().find(same) else {
         verdicts.push(verdict);
         return;
@@ -222,22 +227,52 @@ fn join(verdicts: &mut Vec<Verdict>, verdict: Verdict) {
         high_gpu_ns: known.recovers.high_gpu_ns + verdict.recovers.high_gpu_ns,
         mfu_centipoints: None,
     };
+    let (less, more) = (
+        known.cost_ns.min(verdict.cost_ns),
+        known.cost_ns.max(verdict.cost_ns),
+    );
+    let common = (less >= more / 2).then(|| common_place(&known.place, &verdict.place));
     if verdict.cost_ns > known.cost_ns {
         *known = verdict;
     }
+    let place = common.unwrap_or_else(|| known.place.clone());
     *known = Verdict {
         onset_ns,
         cost_ns,
         recovers,
+        place,
         ..known.clone()
     };
 }
 
-/// Drops verdicts that are consequences of a costlier one over the whole job.
+/// What two places have in common: the same place, the same node, or nothing.
+fn common_place(one: &Place, other: &Place) -> Place {
+    if one == other {
+        return one.clone();
+    }
+    let node = one.node.clone().filter(|node| other.node.as_ref() == Some(node));
+    Place {
+        node,
+        ..Place::default()
+    }
+}
+
+/// Drops verdicts that are small beside a costlier one over the whole job, or come with it.
 fn settle(verdicts: &mut Vec<Verdict>) {
     verdicts.sort_by_key(|verdict| core::cmp::Reverse(verdict.cost_ns));
+    let most = verdicts.first().map_or(0, |verdict| verdict.cost_ns);
     let mut kept: Vec<Verdict> = Vec::new();
     for verdict in core::mem::take(verdicts) {
+        if let Some(first) = kept.first_mut()
+            && verdict.cost_ns < mul_div(most, BESIDE_PERCENT, 100)
+        {
+            let why = "stood out for a few steps, and costs little beside the first cause".into();
+            first.ruled_out.push(RuledOut {
+                cause: verdict.cause,
+                why,
+            });
+            continue;
+        }
         let root = kept.iter_mut().find(|root| {
             let overlap = root.onset_ns.is_none() || verdict.onset_ns >= root.onset_ns;
             root.cause == Cause::JobCheckpoint && overlap && rules::follows(root.cause, verdict.cause)
@@ -267,228 +302,4 @@ fn finish(case: &Case<'_>, verdict: &mut Verdict) {
     verdict
         .ruled_out
         .retain(|ruled| ruled.cause != verdict.cause && seen.insert(ruled.cause));
-}
-
-/// The checkpoints of the rank that has most of them, as (start, length) in `CLOCK_REALTIME` ns.
-fn checkpoints(case: &Case<'_>) -> Vec<(u64, u64)> {
-    let of = |history: &GpuHistory| {
-        let spans = history
-            .spans
-            .iter()
-            .filter(|span| span.kind == SpanKind::Checkpoint)
-            .map(|span| {
-                (
-                    super::rollup::realtime(span.window, span.realtime_offset_ns),
-                    &span.budget,
-                )
-            });
-        let steps = history.steps.iter().map(|step| {
-            (
-                super::rollup::realtime(step.window, step.realtime_offset_ns),
-                &step.budget,
-            )
-        });
-        let mut found: Vec<(u64, u64)> = spans
-            .chain(steps)
-            .map(|(window, budget)| {
-                (
-                    window.start_ns(),
-                    u64::try_from(budget.leaf_ns(Leaf::IdleCkpt)).unwrap_or(0),
-                    window.len_ns(),
-                )
-            })
-            .filter(|(_, written, length)| written * 20 > *length)
-            .map(|(start, written, _)| (start, written))
-            .collect();
-        found.sort_unstable();
-        found
-    };
-    case.ranks
-        .iter()
-        .map(|history| of(history))
-        .max_by_key(Vec::len)
-        .unwrap_or_default()
-}
-
-fn checkpoint(case: &Case<'_>) -> Option<Verdict> {
-    let own: u64 = case
-        .totals
-        .iter()
-        .map(|total| u64::try_from(total.leaf_ns(Leaf::IdleCkpt)).unwrap_or(0))
-        .sum();
-    let moved: u64 = case
-        .ledgers
-        .iter()
-        .flat_map(|ledger| &ledger.ranks)
-        .map(|rank| rank.moved[Leaf::IdleCkpt.index()])
-        .sum();
-    let cost_ns = own.saturating_add(moved);
-    let found = checkpoints(case);
-    let (first, last) = (found.first()?, found.last()?);
-    let start = case
-        .ledgers
-        .first()
-        .map_or(first.0, |ledger| ledger.window.start_ns());
-    let end = case
-        .ledgers
-        .last()
-        .map_or(last.0, |ledger| ledger.window.end_ns())
-        .max(last.0);
-    let interval = (found.len() > 1).then(|| (last.0 - first.0) / (found.len() as u64 - 1));
-    let before = first.0.saturating_sub(start);
-    let began = interval.is_some_and(|interval| before > interval + interval / 2);
-    let since_ns = mul_div(case.total_ns, (end - first.0).max(1), (end - start).max(1));
-    let share = mul_div(cost_ns, PPM, case.total_ns);
-    let since = mul_div(cost_ns, PPM, since_ns);
-    if share < CHECKPOINT_PPM && !(began && since >= CHECKPOINT_SINCE_PPM) {
-        return None;
-    }
-    let length = super::align::median(found.iter().map(|(_, length)| *length).collect());
-    let every = interval.map_or_else(
-        || "once".into(),
-        |ns| format!("every {} s", (ns + 500_000_000) / 1_000_000_000),
-    );
-    let evidence = vec![
-        evidence(
-            "GPU time spent in checkpoints, waiting of others included".into(),
-            percent(share),
-            "below 3 %".into(),
-        ),
-        evidence(
-            "checkpoints seen".into(),
-            format!("{} of {} ({every})", found.len(), millis(length)),
-            "short against their interval".into(),
-        ),
-        evidence(
-            "share since the first of them".into(),
-            percent(since),
-            "below 5 %".into(),
-        ),
-    ];
-    let place = Place::default();
-    Some(Verdict {
-        cause: Cause::JobCheckpoint,
-        confirm: words::confirm(Cause::JobCheckpoint, &place, None),
-        place,
-        cost_ns,
-        share_ppm: 0,
-        confidence: if found.len() > 1 {
-            Confidence::High
-        } else {
-            Confidence::Medium
-        },
-        evidence,
-        ruled_out: Vec::new(),
-        recovers: Recovers {
-            gpu_ns: cost_ns,
-            low_gpu_ns: mul_div(cost_ns, RETURNS_PERCENT, 100),
-            high_gpu_ns: cost_ns,
-            mfu_centipoints: None,
-        },
-        onset_ns: began.then_some(first.0),
-    })
-}
-
-/// Time was lost and nothing says why: longer steps than before, or idle time without an explanation.
-fn unexplained(case: &Case<'_>) -> Option<Verdict> {
-    let slower = case.ledgers.iter().filter_map(|ledger| {
-        let base = &case.ledgers[ledger.baseline?];
-        let more = ledger.median_step_ns - base.median_step_ns;
-        let share = mul_div(more, PPM, base.median_step_ns.max(1));
-        let cost_ns = mul_div(ledger.total_ns, more, ledger.median_step_ns.max(1));
-        (share >= UNEXPLAINED_STEP_PPM).then(|| (cost_ns, ledger, grown(ledger, base)))
-    });
-    let idle = case.ledgers.iter().filter_map(|ledger| {
-        let ns: u64 = ledger.ranks.iter().map(|rank| rank.leaf(Leaf::IdleUnknown)).sum();
-        let seen = evidence(
-            "idle GPU time without an explanation".into(),
-            percent(ledger.share_ppm(ns)),
-            "below 10 %".into(),
-        );
-        (ledger.share_ppm(ns) >= UNEXPLAINED_IDLE_PPM).then(|| (ns, ledger, vec![seen]))
-    });
-    let (cost_ns, ledger, evidence) = slower.chain(idle).max_by_key(|(cost_ns, ..)| *cost_ns)?;
-    let mut verdict = plain(Cause::Unknown, evidence);
-    verdict.cost_ns = cost_ns;
-    verdict.recovers = Recovers {
-        gpu_ns: cost_ns,
-        high_gpu_ns: cost_ns,
-        ..Recovers::default()
-    };
-    verdict.confidence = Confidence::Low;
-    verdict.onset_ns = (ledger.steps.start > 0).then(|| ledger.window.start_ns());
-    finish(case, &mut verdict);
-    Some(verdict)
-}
-
-/// The step before and after, and the leaves that grew most per step.
-fn grown(ledger: &Ledger, base: &Ledger) -> Vec<Evidence> {
-    let per_step = |ledger: &Ledger, leaf: Leaf| {
-        let steps: u64 = ledger.ranks.iter().map(|rank| rank.steps).sum();
-        ledger.ranks.iter().map(|rank| rank.leaf(leaf)).sum::<u64>() / steps.max(1)
-    };
-    let mut leaves: Vec<_> = Leaf::ALL
-        .iter()
-        .map(|leaf| (per_step(ledger, *leaf), per_step(base, *leaf), leaf))
-        .collect();
-    leaves.sort_by_key(|(now, before, _)| core::cmp::Reverse(now.saturating_sub(*before)));
-    let step = evidence(
-        "median step".into(),
-        millis(ledger.median_step_ns),
-        millis(base.median_step_ns),
-    );
-    let grown = leaves.iter().take(3).filter(|(now, before, _)| now > before);
-    let grown = grown.map(|(now, before, leaf)| {
-        evidence(
-            format!("{}, all ranks, per step", leaf.name()),
-            millis(*now),
-            millis(*before),
-        )
-    });
-    core::iter::once(step).chain(grown).collect()
-}
-
-/// Nothing stands out: the three largest losses, and no culprit.
-fn nothing(case: &Case<'_>) -> Verdict {
-    let mut leaves: Vec<(i64, Leaf)> = Leaf::ALL
-        .iter()
-        .filter(|leaf| **leaf != Leaf::Ideal)
-        .map(|leaf| (case.totals.iter().map(|total| total.leaf_ns(*leaf)).sum(), *leaf))
-        .collect();
-    leaves.sort_by_key(|(ns, leaf)| (core::cmp::Reverse(*ns), *leaf));
-    let largest = leaves.iter().take(3).filter(|(ns, _)| *ns > 0).map(|(ns, leaf)| {
-        let share = mul_div(u64::try_from(*ns).unwrap_or(0), PPM, case.total_ns);
-        let own = if leaf.class() == Class::Compute {
-            "a matter of kernels, not of a fault"
-        } else {
-            "no cause stands out"
-        };
-        evidence(
-            format!("{} of all GPU time", leaf.name()),
-            percent(share),
-            own.into(),
-        )
-    });
-    let mut verdict = plain(Cause::None, largest.collect());
-    verdict.confidence = if case.steps.len() >= 10 {
-        Confidence::High
-    } else {
-        Confidence::Low
-    };
-    verdict
-}
-
-fn plain(cause: Cause, evidence: Vec<Evidence>) -> Verdict {
-    Verdict {
-        cause,
-        place: Place::default(),
-        cost_ns: 0,
-        share_ppm: 0,
-        confidence: Confidence::Medium,
-        evidence,
-        ruled_out: Vec::new(),
-        confirm: words::confirm(cause, &Place::default(), None),
-        recovers: Recovers::default(),
-        onset_ns: None,
-    }
 }

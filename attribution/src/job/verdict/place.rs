@@ -1,16 +1,53 @@
 //! Where a cause sits: one rank, one node, or the whole job.
 
-use super::costs::Cost;
+use super::costs::{Cost, THROTTLED_PPM};
+use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};
 use crate::facts::GpuSubject;
-use crate::job::ledger::Ledger;
+use crate::job::ledger::{Ledger, RankLedger};
 use crate::job::network::Pressure;
 
 /// Ranks whose own loss is at least this share of the largest are hit too, percent.
 const HIT_PERCENT: u64 = 50;
+/// Ranks whose work behind the loss is at least this share of the largest are hit too, percent.
+const SIGNAL_PERCENT: u64 = 60;
 
 /// The ranks a cause hits, by position.
-pub(super) fn hit(cost: &Cost) -> Vec<usize> {
+///
+/// In a synchronous job the slowest rank's loss hides that of the others: they wait for it with their own batch
+/// ready. So where the work behind a loss is known (what the loaders did, what was launched, who was throttled), that
+/// tells who is hit, and the losses only where it does not.
+pub(super) fn hit(cause: Cause, cost: &Cost, ledger: &Ledger, base: Option<&Ledger>) -> Vec<usize> {
+    let signal: Option<fn(&RankLedger) -> u64> = match cause {
+        Cause::DataLoader => Some(|rank| rank.worker_cpu_ns),
+        Cause::DataStorage => Some(|rank| rank.worker_io_ns),
+        Cause::HostLaunch => Some(|rank| rank.on_cpu_ns),
+        Cause::HostCpu
+            if ledger
+                .ranks
+                .iter()
+                .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM) =>
+        {
+            Some(|rank| rank.throttled_ns.unwrap_or(0))
+        }
+        _ => None,
+    };
+    let by_signal = signal.map(|signal| {
+        let grown: Vec<u64> = (0..ledger.ranks.len())
+            .map(|at| {
+                let rank = &ledger.ranks[at];
+                let normal = base.and_then(|base| base.ranks.get(at));
+                let normal = normal.map_or(0, |normal| {
+                    mul_div(signal(normal), rank.steps, normal.steps.max(1))
+                });
+                signal(rank).saturating_sub(normal)
+            })
+            .collect();
+        near_largest(&grown, SIGNAL_PERCENT)
+    });
+    if let Some(hit) = by_signal.filter(|hit| !hit.is_empty()) {
+        return hit;
+    }
     // Waiting that was moved sits with whoever was last; own losses tell who was hit. A cause without any (uneven
     // work) hits those that kept others waiting.
     let by = if cost.own.iter().all(|ns| *ns == 0) {
@@ -18,9 +55,16 @@ pub(super) fn hit(cost: &Cost) -> Vec<usize> {
     } else {
         &cost.own
     };
-    let most = by.iter().max().copied().unwrap_or(0);
-    let bar = |ns: u64| u128::from(ns) * 100 >= u128::from(most) * u128::from(HIT_PERCENT);
-    (0..by.len()).filter(|at| by[*at] > 0 && bar(by[*at])).collect()
+    near_largest(by, HIT_PERCENT)
+}
+
+/// Positions of the values that are at least a share of the largest, and not zero.
+fn near_largest(values: &[u64], percent: u64) -> Vec<usize> {
+    let most = values.iter().max().copied().unwrap_or(0);
+    let near = |value: u64| u128::from(value) * 100 >= u128::from(most) * u128::from(percent);
+    (0..values.len())
+        .filter(|at| values[*at] > 0 && near(values[*at]))
+        .collect()
 }
 
 /// The place the hit ranks share.

@@ -1,5 +1,6 @@
 //! How a verdict says what was seen, beside what a healthy job shows.
 
+use super::costs::THROTTLED_PPM;
 use super::rules::Candidate;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::GpuSubject;
@@ -220,7 +221,11 @@ fn cpu(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     seen.push(view.time("throttled by the CPU quota", |rank| {
         rank.throttled_ns.unwrap_or(0)
     }));
-    2
+    if view.ranks().any(|rank| rank.throttled_ppm() >= THROTTLED_PPM) {
+        2
+    } else {
+        1
+    }
 }
 
 fn clock(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
