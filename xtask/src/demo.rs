@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
+use stallscope_report::document::Document;
+use stallscope_report::svg::waterfall_file;
 
 use crate::judge;
 use crate::lab::cluster::Cluster;
@@ -37,6 +39,9 @@ pub struct Args {
     /// Where the HTML report goes
     #[arg(long, default_value = "stallscope-report.html")]
     pub out: PathBuf,
+    /// Also draw the waterfall of the job into this SVG file
+    #[arg(long)]
+    pub picture: Option<PathBuf>,
     /// Keep the run's files: logs, configurations, stores, truth
     #[arg(long)]
     pub keep: bool,
@@ -62,6 +67,9 @@ pub fn run(paths: &Paths, args: &Args) -> Result<()> {
     write_html(&cluster, &args.out)?;
     drop(progress);
     drop(cluster);
+    if let Some(file) = &args.picture {
+        draw(&run.report, file)?;
+    }
 
     let judged = judge::judge(&run.truth, &run.report);
     match args.format {
@@ -88,6 +96,13 @@ pub fn run(paths: &Paths, args: &Args) -> Result<()> {
         eprintln!("the run's files are in {}", dir.display());
     }
     Ok(())
+}
+
+/// The picture of the README.
+fn draw(report: &Value, file: &Path) -> Result<()> {
+    let document: Document = serde_json::from_value(report.clone()).context("the report is no document")?;
+    let job = document.jobs.first().context("the report has no job")?;
+    std::fs::write(file, waterfall_file(job)).with_context(|| format!("failed to write {}", file.display()))
 }
 
 /// The scenario file of a fault.
