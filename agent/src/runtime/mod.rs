@@ -16,6 +16,8 @@ mod history;
 mod own;
 mod shared;
 pub mod status;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::sync::Arc;

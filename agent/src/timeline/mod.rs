@@ -395,6 +395,15 @@ impl Timeline {
             kind,
         });
         if is_new && let Some(hole) = self.hole_before(&subject, first.start_ns()) {
+            events.push(Event::Gap(RecordGap {
+                node: self.node.clone(),
+                window: self.realtime(hole),
+                what: format!(
+                    "the agent did not run: rank {} of {} was not observed",
+                    subject.rank, subject.job
+                ),
+                count: 0,
+            }));
             let span = self.span(SpanKind::Unobserved, hole, Budget::unobserved(hole.len_ns()));
             events.push(Event::Span {
                 subject: Arc::clone(&subject),

@@ -579,6 +579,8 @@ fn time_an_earlier_agent_did_not_see_is_named() {
         (SpanKind::Unobserved, window(3_000 * MS, 5_000 * MS))
     );
     assert_eq!(first.budget.leaf_ns(Leaf::IdleUnknown), 2_000 * MS.cast_signed());
+    let named = |event: &Event| matches!(event, Event::Gap(gap) if gap.what.contains("rank 3"));
+    assert_eq!(events.iter().filter(|event| named(event)).count(), 1);
     assert_covered(&events, 3_000 * MS, script.end_ns());
 }
 
