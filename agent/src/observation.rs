@@ -106,6 +106,13 @@ pub enum Fact {
         /// Of the window, the time it was runnable and waited for a CPU (at its end), ns.
         runnable_ns: u64,
     },
+    /// CPU time of a thread between two reads, in which it gave no record.
+    ThreadCpu {
+        /// Process and thread.
+        thread: Thread,
+        /// Time on CPU; counted in ticks, so it may differ from the truth by one or two.
+        cpu_ns: u64,
+    },
     /// A read, write or flush of a file. The window is the call.
     FileIo {
         /// Process and thread.

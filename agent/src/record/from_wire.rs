@@ -133,6 +133,10 @@ fn process_or_device(wire: Wire) -> Result<Fact, WireError> {
                 .unwrap_or("other"),
             count: lost.count,
         },
+        Wire::ThreadCpu(cpu) => Fact::ThreadCpu {
+            thread: thread(cpu.thread)?,
+            cpu_ns: cpu.cpu_ns,
+        },
         Wire::RealtimeOffsetNs(ns) => Fact::RealtimeOffset { ns },
         _ => {
             return Err(WireError::Unknown {

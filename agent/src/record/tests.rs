@@ -47,6 +47,10 @@ fn every_fact() -> Vec<Fact> {
             latency_ns: 9,
         },
         Fact::RealtimeOffset { ns: -5 },
+        Fact::ThreadCpu {
+            thread: LOADER,
+            cpu_ns: 7,
+        },
         Fact::CpuQuota {
             process: PROCESS,
             throttled_ns: Reading::Value(0),

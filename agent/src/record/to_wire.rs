@@ -101,6 +101,10 @@ fn fact(fact: &Fact) -> Wire {
             ring: (*ring).to_owned(),
             count: *count,
         }),
+        Fact::ThreadCpu { thread: of, cpu_ns } => Wire::ThreadCpu(v1::ThreadCpu {
+            thread: thread(*of),
+            cpu_ns: *cpu_ns,
+        }),
         Fact::RealtimeOffset { ns } => Wire::RealtimeOffsetNs(*ns),
         Fact::LaunchRun {
             thread: of,

@@ -16,7 +16,7 @@ use crate::sources::clock;
 use crate::sources::net::NetSource;
 use crate::sources::nvml::NvmlSource;
 use crate::sources::probes::{Decoded, Decoder, Reader};
-use crate::sources::procs::{ProcessEvent, QuotaReader};
+use crate::sources::procs::{CpuTimeReader, ProcessEvent, QuotaReader};
 
 /// Longest time between two looks at the rings.
 const DRAIN: Duration = Duration::from_millis(50);
@@ -44,6 +44,7 @@ pub(super) struct Gather {
     sources: Sources,
     decoder: Decoder,
     quota: QuotaReader,
+    cpu_time: CpuTimeReader,
     gpu_processes: BTreeSet<ProcessKey>,
     traced: BTreeSet<u32>,
     net_due_ns: u64,
@@ -60,6 +61,7 @@ impl Gather {
             sources,
             decoder: Decoder::new(),
             quota: QuotaReader::new("/proc"),
+            cpu_time: CpuTimeReader::new("/proc"),
             gpu_processes: BTreeSet::new(),
             traced: BTreeSet::new(),
             net_due_ns: 0,
@@ -94,6 +96,7 @@ impl Gather {
             DRAIN
         };
         let (decoder, events, dropped) = (&mut self.decoder, &self.sources.events, &mut self.events_dropped);
+        let cpu_time = &mut self.cpu_time;
         // Taken when the first record needs it: processes may have become known while waiting.
         let (mut keys, shared) = (None, &self.shared);
         let drained = reader.drain(wait, &mut |event| {
@@ -102,7 +105,12 @@ impl Gather {
                 event,
                 &mut |tgid| keys.get(&tgid).copied(),
                 &mut |decoded| match decoded {
-                    Decoded::Observation(observation) => batch.push(observation),
+                    Decoded::Observation(observation) => {
+                        if let Fact::OffCpu { thread, .. } | Fact::FileIo { thread, .. } = &observation.fact {
+                            cpu_time.heard(*thread, observation.window.end_ns());
+                        }
+                        batch.push(observation);
+                    }
                     Decoded::Process(event) => *dropped += u64::from(events.try_send(event).is_err()),
                 },
             );
@@ -126,6 +134,7 @@ impl Gather {
         if let Some(nvml) = &mut self.sources.nvml {
             batch.extend(nvml.poll(now_ns));
         }
+        batch.extend(self.cpu_time.poll(now_ns));
         batch.extend(self.quota.poll(now_ns, self.gpu_processes.iter().copied()));
         if now_ns >= self.net_due_ns {
             self.net_due_ns = now_ns + NET_NS;
@@ -143,12 +152,16 @@ impl Gather {
                 self.traced.insert(facts.key.pid);
                 if facts.role == crate::observation::ProcessRole::Gpu {
                     self.gpu_processes.insert(facts.key);
+                    self.cpu_time.forget(facts.key);
+                } else {
+                    self.cpu_time.watch(facts.key, observation.window.end_ns());
                 }
             }
             Fact::ProcessGone(key) => {
                 self.traced.remove(&key.pid);
                 self.gpu_processes.remove(key);
                 self.decoder.forget(*key);
+                self.cpu_time.forget(*key);
             }
             _ => {}
         }

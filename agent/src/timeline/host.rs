@@ -79,19 +79,13 @@ impl Host {
     pub(super) fn called(&mut self, tid: u32, state: HostState, call: Window) {
         let Some(thread) = self.thread(tid) else { return };
         thread.seen(call);
-        if thread.calls.len() >= thread.most() {
-            thread.complete_from_ns = thread
-                .calls
-                .pop_front()
-                .map_or(thread.complete_from_ns, |oldest| oldest.window.end_ns());
-            if thread.weight > 0 {
-                self.forgotten += 1;
-            }
-            let Some(thread) = self.thread(tid) else { return };
-            thread.calls.push_back(StateInterval { window: call, state });
-            return;
+        let full = thread.calls.len() >= thread.most();
+        if full && let Some(oldest) = thread.calls.pop_front() {
+            thread.complete_from_ns = thread.complete_from_ns.max(oldest.window.end_ns());
         }
         thread.calls.push_back(StateInterval { window: call, state });
+        let counts = full && thread.weight > 0;
+        self.forgotten += u64::from(counts);
     }
 
     /// The thread was off CPU. A record with the start of the last one replaces it: it then was still off CPU.

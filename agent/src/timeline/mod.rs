@@ -445,6 +445,7 @@ fn process_of(fact: &Fact) -> Option<ProcessKey> {
         | Fact::StreamWait { thread, .. }
         | Fact::Copy { thread, .. }
         | Fact::OffCpu { thread, .. }
+        | Fact::ThreadCpu { thread, .. }
         | Fact::FileIo { thread, .. } => thread,
         Fact::Block { process, .. } | Fact::FileIoFolded { process, .. } | Fact::CpuQuota { process, .. } => {
             return Some(*process);

@@ -213,6 +213,7 @@ impl Process {
             } => {
                 self.workers.off_cpu(*thread, *reason, *runnable_ns, window);
             }
+            Fact::ThreadCpu { thread, cpu_ns } => self.workers.cpu_time(*thread, *cpu_ns, window),
             Fact::FileIo { thread, .. } => self.workers.running(*thread, window.end_ns()),
             _ => {}
         }

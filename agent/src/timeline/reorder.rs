@@ -82,6 +82,7 @@ fn key(observation: &Observation) -> Key {
         Fact::OffCpu { thread, .. } => (10, thread_id(thread), 0),
         Fact::FileIo { thread, bytes, .. } => (11, thread_id(thread), *bytes),
         Fact::Block { process, bytes, .. } => (12, u64::from(process.pid), *bytes),
+        Fact::ThreadCpu { thread, cpu_ns } => (11, thread_id(thread), *cpu_ns),
         Fact::FileIoFolded { process, bytes, .. } => (12, u64::from(process.pid), *bytes ^ (1 << 63)),
         Fact::Gpu(reading) => (13, u64::from(reading.gpu), 0),
         Fact::Port(_) => (14, 0, 0),

@@ -491,6 +491,30 @@ fn a_loader_counts_by_what_it_does() {
     assert!(asleep.iter().all(|slice| slice.cpu_ns == 0 && slice.io_ns == 0));
 }
 
+/// A loader on a core of its own gives no scheduler records.
+#[test]
+fn a_silent_loader_counts_by_its_cpu_time() {
+    let mut script = Script::new(1_000 * MS);
+    let base = 1_000 * MS;
+    script.off_cpu(LOADER, OffCpuReason::Sleep, 0, window(base, base + 100 * MS));
+    let mut cpu = |from_ms: u64, to_ms: u64, cpu_ms: u64| {
+        let window = window(base + from_ms * MS, base + to_ms * MS);
+        let fact = Fact::ThreadCpu {
+            thread: LOADER,
+            cpu_ns: cpu_ms * MS,
+        };
+        script.log.push(Observation { window, fact });
+    };
+    cpu(500, 1_000, 490);
+    cpu(1_000, 1_500, 500);
+    cpu(1_500, 2_000, 0);
+    let load = process_fed(&script.log)
+        .workers
+        .within(window(base, base + 2_000 * MS), &[]);
+    assert_eq!(load.iter().map(|slice| slice.cpu_ns).sum::<u64>(), 1_000 * MS);
+    assert_eq!(load.iter().map(|slice| slice.io_ns).sum::<u64>(), 0);
+}
+
 #[test]
 fn a_record_of_a_sleep_that_goes_on_counts_once() {
     let mut script = Script::new(1_000 * MS);

@@ -15,6 +15,8 @@ use crate::observation::{OffCpuReason, Thread};
 pub(super) const BIN_NS: u64 = 10_000_000;
 /// Bins kept: 160 s.
 const MOST_BINS: usize = 16_384;
+/// A silent thread that used more of a window was on CPU all through it.
+const BUSY_PERCENT: u128 = 90;
 const MOST_WORKERS: usize = 4_096;
 /// Most slices of one window.
 const MOST_SLICES: u64 = 256;
@@ -84,6 +86,20 @@ impl Workers {
         let known_ns = worker.known_ns;
         worker.known_ns = known_ns.max(at_ns);
         self.add(known_ns, at_ns, |bin| &mut bin.cpu_ns);
+    }
+
+    /// The worker used `cpu_ns` in a window in which it gave no record. Only one that was on CPU all the time tells
+    /// when it was.
+    pub(super) fn cpu_time(&mut self, thread: Thread, cpu_ns: u64, window: Window) {
+        let busy = u128::from(cpu_ns) * 100 >= u128::from(window.len_ns()) * BUSY_PERCENT;
+        let Some(worker) = self.worker(thread, window.start_ns()) else {
+            return;
+        };
+        // What came since its last record is known only from the first read on.
+        worker.known_ns = worker.known_ns.max(window.start_ns());
+        if busy {
+            self.running(thread, window.end_ns());
+        }
     }
 
     /// Whether the thread is known as a worker.

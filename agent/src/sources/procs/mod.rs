@@ -12,11 +12,14 @@
 //! - [`QuotaReader::new`]`(proc_root)` and [`QuotaReader::poll`]`(now_ns, keys) -> Vec<Observation>`: `Fact::CpuQuota` of
 //!   the GPU processes given, once a second; call as often as convenient.
 //!
+//! - [`CpuTimeReader`]: `Fact::ThreadCpu` of helpers that the scheduler's records say nothing of.
+//!
 //! Actions come in an order that can be applied one by one: a library is attached before the first process that uses
 //! it is traced, and released after the last is gone.
 
 mod cgroup;
 mod classify;
+mod cpu_time;
 mod discovery;
 mod environ;
 mod gpu;
@@ -26,6 +29,7 @@ mod quota;
 #[cfg(test)]
 mod tests;
 
+pub use cpu_time::CpuTimeReader;
 pub use discovery::Discovery;
 pub use quota::QuotaReader;
 
