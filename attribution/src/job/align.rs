@@ -98,9 +98,29 @@ pub(super) fn align<'a>(ranks: &[&'a GpuHistory]) -> Vec<AlignedStep<'a>> {
     steps
 }
 
+/// Steps by which the ranks' records may begin or end apart.
+const RAGGED: usize = 2;
+
 /// Ranks whose record misses steps that others have.
 pub(super) fn gaps(ranks: &[&GpuHistory], steps: &[AlignedStep<'_>]) -> Vec<RecordGap> {
-    let missing = |at: usize| steps.iter().filter(move |step| step.cells[at].is_none());
+    let missing = |at: usize| {
+        // Ranks begin and end a record within a step or two of each other: that is no gap.
+        let seen = |step: &AlignedStep<'_>| step.cells[at].is_some();
+        let begun = steps
+            .iter()
+            .position(seen)
+            .filter(|first| *first <= RAGGED)
+            .unwrap_or(0);
+        let ended = steps
+            .iter()
+            .rev()
+            .position(seen)
+            .filter(|last| *last <= RAGGED)
+            .unwrap_or(0);
+        steps[begun..steps.len() - ended]
+            .iter()
+            .filter(move |step| step.cells[at].is_none())
+    };
     let mut gaps = Vec::new();
     for (at, history) in ranks.iter().enumerate() {
         let count = missing(at).count() as u64;

@@ -173,6 +173,7 @@ pub(super) fn ledgers(
         let base = ledgers[at].baseline.map(|base| ledgers[base].ranks.clone());
         resplit(&mut ledgers[at], base.as_deref(), nodes);
         resplit_data(&mut ledgers[at], base.as_deref());
+        resplit_contention(&mut ledgers[at], base.as_deref());
     }
     ledgers
 }
@@ -303,6 +304,35 @@ fn resplit_data(ledger: &mut Ledger, base: Option<&[RankLedger]>) {
         shift(rank, from, to, signed(own));
         rank.moved[from.index()] -= moved;
         rank.moved[to.index()] += moved;
+    }
+}
+
+/// Another process cost at most what compute grew by: against the same rank in a healthy regime, else against the
+/// other ranks, which have the same work. Its share of SM time alone does not tell how much of that we wanted.
+fn resplit_contention(ledger: &mut Ledger, base: Option<&[RankLedger]>) {
+    let own = |rank: &RankLedger| u64::try_from(class_ns(&rank.leaves, Class::Compute)).unwrap_or(0);
+    let per_step = |rank: &RankLedger| own(rank) / rank.steps.max(1);
+    let alone: Vec<u64> = ledger
+        .ranks
+        .iter()
+        .filter(|rank| rank.steps > 0 && rank.leaf(Leaf::ComputeContention) == 0)
+        .map(per_step)
+        .collect();
+    for (at, rank) in ledger.ranks.iter_mut().enumerate() {
+        let contention = rank.leaf(Leaf::ComputeContention);
+        let normal = match base.and_then(|base| base.get(at)).filter(|base| base.steps > 0) {
+            Some(healthy) if healthy.leaf(Leaf::ComputeContention) == 0 => per_step(healthy),
+            Some(_) => continue,
+            None if !alone.is_empty() => median(alone.clone()),
+            None => continue,
+        };
+        let clock = rank.leaf(Leaf::ComputeClock);
+        let grown = per_step(rank)
+            .saturating_sub(normal)
+            .saturating_mul(rank.steps)
+            .saturating_sub(clock);
+        let beyond = contention.saturating_sub(grown);
+        shift(rank, Leaf::ComputeContention, Leaf::ComputeKernel, signed(beyond));
     }
 }
 
