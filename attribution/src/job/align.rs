@@ -4,7 +4,7 @@
 //! the ranks' own counts, tell which steps belong together: an agent that started late counts from its own first.
 
 use super::rollup::realtime;
-use crate::facts::{GpuHistory, GpuStep, RecordGap};
+use crate::facts::{GpuHistory, GpuStep, RecordGap, Span, SpanKind};
 use crate::leaf::{Class, Leaf};
 use crate::time::Window;
 
@@ -165,7 +165,12 @@ fn cells(history: &GpuHistory) -> Vec<(Window, Cell<'_>)> {
         .filter(|step| !step.window.is_empty())
         .collect();
     steps.sort_by_key(|step| step.window);
-    let mut spans: Vec<_> = history.spans.iter().collect();
+    // What came before the first step, or was not seen, is no part of a step that other ranks have too.
+    let begun_ns = steps.first().map_or(u64::MAX, |first| first.window.start_ns());
+    let between = |span: &&Span| {
+        matches!(span.kind, SpanKind::Checkpoint | SpanKind::Other) && span.window.start_ns() >= begun_ns
+    };
+    let mut spans: Vec<&Span> = history.spans.iter().filter(between).collect();
     spans.sort_by_key(|span| span.window);
     let mut spans = spans.into_iter().peekable();
     let fold = |step: &'_ GpuStep| (step.window.len_ns(), *step.budget.leaves());
