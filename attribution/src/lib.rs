@@ -8,6 +8,7 @@
 //! summing to the window) → [`job`] (ranks joined, waiting moved to who was late, causes named).
 #![forbid(unsafe_code)]
 
+pub mod activity;
 pub mod budget;
 pub mod cause;
 pub mod facts;

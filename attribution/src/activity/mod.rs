@@ -1,0 +1,144 @@
+//! Budgets from GPU activity records: when each kernel and copy ran, as the device itself recorded it.
+//!
+//! Every nanosecond of a GPU between its first and its last record gets one leaf ([`label`]): the sweep compute >
+//! communication > memory > idle decides what runs, and an idle gap is explained by what the host did before it
+//! launched what ended the gap. Budgets, steps and blame are sums over these labels, so all of them agree to the ns.
+
+mod analyse;
+mod collectives;
+mod host;
+mod kernels;
+mod label;
+mod steps;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+use crate::facts::{GpuSubject, RecordGap};
+use crate::time::Window;
+
+pub use analyse::analyse;
+pub use host::Host;
+pub use kernels::{KernelClass, TABLE};
+pub use label::{Label, label};
+pub use steps::{Pattern, pattern};
+
+/// What a record is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Work {
+    /// A kernel.
+    Kernel(KernelClass),
+    /// A copy to the device over the host's link.
+    ToDevice,
+    /// A copy from the device over the host's link.
+    ToHost,
+    /// A copy or a fill within the device, or between devices.
+    OnDevice,
+}
+
+/// The call that put work on a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Launch {
+    /// When the call began, ns of the records' clock.
+    pub at_ns: u64,
+    /// Thread that made it.
+    pub thread: u32,
+}
+
+/// One thing a GPU did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Record {
+    /// From its start to its end on the device.
+    pub window: Window,
+    /// What it was.
+    pub work: Work,
+    /// Stream.
+    pub stream: u32,
+    /// What launched it; `None` when the trace does not say.
+    pub launch: Option<Launch>,
+    /// Bytes moved; `None` when the trace does not say.
+    pub bytes: Option<u64>,
+    /// Equal for equal work: name and grid.
+    pub token: u64,
+    /// Communicator and message of a communication kernel, equal on all its ranks.
+    pub collective: Option<Collective>,
+}
+
+/// What is known of a communication kernel beyond its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Collective {
+    /// Communicator, equal on all its ranks; 0 when the trace does not say.
+    pub group: u64,
+    /// Ranks in it; 0 when the trace does not say.
+    pub ranks: u32,
+    /// Operation and size, equal on all ranks.
+    pub message: u64,
+}
+
+/// What a host thread did, in the priority in which overlapping ranges are swept (first wins).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Doing {
+    /// Writing a checkpoint.
+    Checkpoint,
+    /// Collecting garbage.
+    Gc,
+    /// Compiling, loading modules, capturing graphs.
+    Compile,
+    /// In the driver's allocator.
+    Alloc,
+    /// Blocked in a synchronisation.
+    Sync,
+    /// Waiting for or making a batch.
+    Data,
+    /// In an operator or a call: issuing work.
+    Issue,
+}
+
+/// A stretch of a host thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostRange {
+    /// When.
+    pub window: Window,
+    /// Which thread.
+    pub thread: u32,
+    /// What it did.
+    pub doing: Doing,
+}
+
+/// One GPU of one rank, with all its records.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// Which GPU.
+    pub subject: GpuSubject,
+    /// Its records, in any order.
+    pub records: Vec<Record>,
+}
+
+/// What one rank's trace holds.
+#[derive(Debug, Clone)]
+pub struct RankTrace {
+    /// Its GPUs; more than one when a process drives several.
+    pub devices: Vec<Device>,
+    /// What its threads did.
+    pub host: Vec<HostRange>,
+    /// Steps that the job marked, on the host's clock.
+    pub marks: Vec<Window>,
+    /// Thread of the training loop.
+    pub main_thread: Option<u32>,
+    /// `CLOCK_REALTIME` minus the records' clock, ns; `None` when the trace does not say.
+    pub realtime_offset_ns: Option<i64>,
+    /// What is missing.
+    pub gaps: Vec<RecordGap>,
+}
+
+/// All traces of a job.
+#[derive(Debug, Clone)]
+pub struct TraceJob {
+    /// Job name.
+    pub job: String,
+    /// Kind of job, or `unknown`.
+    pub kind: String,
+    /// One per trace.
+    pub ranks: Vec<RankTrace>,
+}

@@ -1,0 +1,383 @@
+//! Causes named from exact leaves.
+
+use std::collections::BTreeMap;
+
+use super::analyse::{Labelled, place};
+use super::collectives::Joined;
+use crate::budget::arith::mul_div;
+use crate::cause::{Cause, Confidence, Place};
+use crate::facts::PPM;
+use crate::job::{Blame, Evidence, Recovers, RuledOut, Verdict};
+use crate::leaf::{Class, Leaf};
+
+/// Least share of GPU time that makes a cost a cause, parts per million.
+const LEAST_PPM: u64 = 50_000;
+/// Launching is a cause from here on: every job pays some of it.
+const LEAST_LAUNCH_PPM: u64 = 90_000;
+/// A further cause costs at least this share of the first, percent.
+const BESIDE_PERCENT: u64 = 35;
+/// One rank is the place when it has at least this share of a cost, percent.
+const ONE_RANK_PERCENT: u64 = 60;
+/// A late rank's cause is named when it kept the rank for this share of the waiting, percent.
+const KNOWN_PERCENT: u64 = 25;
+/// Communication or idle time without an explanation at this share is a finding of its own, parts per million.
+const UNEXPLAINED_PPM: u64 = 120_000;
+/// What a fix returns at least of the cost, when nothing else binds next: percent.
+const RETURNS_PERCENT: u64 = 85;
+
+pub(super) struct Case<'a> {
+    pub(super) gpus: &'a [Labelled],
+    pub(super) joined: &'a Joined,
+    pub(super) blame: &'a [Blame],
+    /// Ranks of the job, known or not.
+    pub(super) ranks: u32,
+}
+
+#[derive(Default)]
+struct Cost {
+    /// By GPU.
+    own: Vec<u64>,
+    leaves: BTreeMap<Leaf, u64>,
+}
+
+impl Cost {
+    fn total(&self) -> u64 {
+        self.own.iter().fold(0, |sum: u64, ns| sum.saturating_add(*ns))
+    }
+}
+
+/// What a leaf of a rank's own budget is a loss to; `None` for what is work, or waiting that is another's.
+const fn own(leaf: Leaf) -> Option<Cause> {
+    Some(match leaf {
+        Leaf::IdleDataCpu => Cause::DataLoader,
+        Leaf::IdleDataStorage => Cause::DataStorage,
+        Leaf::IdleCkpt => Cause::JobCheckpoint,
+        Leaf::IdleGc => Cause::HostGc,
+        Leaf::IdleCpuSched => Cause::HostCpu,
+        Leaf::IdleCpuSync => Cause::HostSync,
+        Leaf::IdleAlloc => Cause::HostAlloc,
+        Leaf::IdleCompile => Cause::HostCompile,
+        Leaf::IdleLaunch => Cause::HostLaunch,
+        Leaf::MemoryCopy | Leaf::MemoryPcie => Cause::DataCopy,
+        _ => return None,
+    })
+}
+
+/// The cause of others waiting for a rank that was in this leaf.
+pub(super) const fn late(leaf: Leaf) -> Cause {
+    match own(leaf) {
+        Some(cause) => cause,
+        None => match leaf.class() {
+            Class::Compute => Cause::JobImbalance,
+            Class::Comm | Class::Memory | Class::Idle => Cause::Unknown,
+        },
+    }
+}
+
+pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
+    let total_ns = sum(case, |gpu| gpu.total.window_ns());
+    let mut costs: Vec<(Cause, Cost)> = costs(case)
+        .into_iter()
+        .filter(|(_, cost)| cost.total() > 0)
+        .collect();
+    costs.sort_by(|(a_cause, a), (b_cause, b)| b.total().cmp(&a.total()).then(a_cause.cmp(b_cause)));
+    let mut verdicts: Vec<Verdict> = Vec::new();
+    let mut dropped = Vec::new();
+    for (cause, cost) in costs {
+        let least = if cause == Cause::HostLaunch {
+            LEAST_LAUNCH_PPM
+        } else {
+            LEAST_PPM
+        };
+        let first = verdicts.first().map_or(0, |first| first.cost_ns);
+        let share = mul_div(cost.total(), PPM, total_ns);
+        if share < least || u128::from(cost.total()) * 100 < u128::from(first) * u128::from(BESIDE_PERCENT) {
+            dropped.push(RuledOut {
+                cause,
+                why: format!("costs {} of GPU time", percent(share)),
+            });
+            continue;
+        }
+        verdicts.push(verdict(case, cause, &cost, total_ns));
+    }
+    verdicts.extend(late_rank(case, total_ns));
+    verdicts.sort_by_key(|verdict| (core::cmp::Reverse(verdict.cost_ns), verdict.cause));
+    if verdicts.is_empty() {
+        verdicts.push(unexplained(case, total_ns).unwrap_or_else(|| nothing(case, total_ns)));
+    }
+    let network = network(case, total_ns);
+    for verdict in &mut verdicts {
+        verdict.ruled_out = network.iter().chain(&dropped).cloned().collect();
+    }
+    verdicts
+}
+
+const fn least_ppm(cause: Cause) -> u64 {
+    match cause {
+        Cause::HostLaunch => LEAST_LAUNCH_PPM,
+        _ => LEAST_PPM,
+    }
+}
+
+fn costs(case: &Case<'_>) -> BTreeMap<Cause, Cost> {
+    let mut costs: BTreeMap<Cause, Cost> = BTreeMap::new();
+    for (at, gpu) in case.gpus.iter().enumerate() {
+        for leaf in Leaf::ALL {
+            let Some(cause) = own(*leaf) else { continue };
+            let cost = costs.entry(cause).or_default();
+            cost.own.resize(case.gpus.len(), 0);
+            cost.own[at] = cost.own[at].saturating_add(gpu.ns(*leaf));
+            *cost.leaves.entry(*leaf).or_default() += gpu.ns(*leaf);
+        }
+    }
+    costs
+}
+
+/// Exposed waiting for late ranks, when it is a loss worth naming: the rank that most of it was for, and what it did.
+/// Waiting under compute costs nothing and does not count.
+fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
+    let exposed = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
+    if mul_div(exposed, PPM, total_ns) < LEAST_PPM {
+        return None;
+    }
+    let mut by_rank: BTreeMap<&Place, u64> = BTreeMap::new();
+    for blame in case.blame {
+        *by_rank.entry(&blame.place).or_default() += blame.cost_ns;
+    }
+    let waited: u64 = by_rank.values().sum();
+    let (worst, theirs) = by_rank.iter().max_by_key(|(_, ns)| **ns)?;
+    let one = u128::from(*theirs) * 100 >= u128::from(waited) * u128::from(ONE_RANK_PERCENT);
+    let mut causes: BTreeMap<Cause, u64> = BTreeMap::new();
+    for blame in case.blame.iter().filter(|blame| !one || blame.place == **worst) {
+        *causes.entry(blame.cause).or_default() += blame.cost_ns;
+    }
+    let blamed: u64 = causes.values().sum();
+    let known = causes
+        .iter()
+        .filter(|(cause, _)| **cause != Cause::Unknown)
+        .max_by_key(|(_, ns)| **ns)
+        .filter(|(_, ns)| u128::from(**ns) * 100 >= u128::from(blamed) * u128::from(KNOWN_PERCENT));
+    let cause = known.map_or(Cause::Unknown, |(cause, _)| *cause);
+    let cost_ns = if one {
+        mul_div(exposed, *theirs, waited)
+    } else {
+        exposed
+    };
+    let mut verdict = plain(
+        cause,
+        "trace the late rank and another one together with_stack=True: compare what they do before the collective",
+    );
+    verdict.place = if one { (*worst).clone() } else { Place::default() };
+    verdict.evidence = lateness(case);
+    verdict.confidence = match (one, known) {
+        (true, Some(_)) if case.joined.residual_ns == 0 => Confidence::High,
+        (_, Some(_)) => Confidence::Medium,
+        (_, None) => Confidence::Low,
+    };
+    price(&mut verdict, cost_ns, total_ns);
+    Some(verdict)
+}
+
+fn price(verdict: &mut Verdict, cost_ns: u64, total_ns: u64) {
+    verdict.cost_ns = cost_ns;
+    verdict.share_ppm = u32::try_from(mul_div(cost_ns, PPM, total_ns)).unwrap_or(u32::MAX);
+    verdict.recovers = Recovers {
+        gpu_ns: cost_ns,
+        low_gpu_ns: mul_div(cost_ns, RETURNS_PERCENT, 100),
+        high_gpu_ns: cost_ns,
+        mfu_centipoints: None,
+    };
+}
+
+fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64) -> Verdict {
+    let cost_ns = cost.total();
+    let worst = cost.own.iter().enumerate().max_by_key(|(_, ns)| **ns);
+    let one = worst.filter(|(_, ns)| {
+        case.gpus.len() > 1 && u128::from(**ns) * 100 >= u128::from(cost_ns) * u128::from(ONE_RANK_PERCENT)
+    });
+    let mut verdict = plain(cause, confirm(cause));
+    verdict.place = one.map_or_else(Place::default, |(at, _)| place(&case.gpus[at].subject));
+    verdict.confidence = Confidence::High;
+    let leaves = cost.leaves.iter().filter(|(_, ns)| **ns > 0);
+    verdict.evidence = leaves
+        .map(|(leaf, ns)| Evidence {
+            what: format!("{} of all GPU time", leaf.name()),
+            value: format!("{} ({})", percent(mul_div(*ns, PPM, total_ns)), millis(*ns)),
+            expected: format!("below {}", percent(least_ppm(cause))),
+        })
+        .collect();
+    price(&mut verdict, cost_ns, total_ns);
+    verdict
+}
+
+/// Who was late, how often, and what it cost the others.
+fn lateness(case: &Case<'_>) -> Vec<Evidence> {
+    let mut by_rank: BTreeMap<Option<u32>, u64> = BTreeMap::new();
+    for blame in case.blame {
+        *by_rank.entry(blame.place.rank).or_default() += blame.cost_ns;
+    }
+    let mut by_rank: Vec<_> = by_rank.into_iter().collect();
+    by_rank.sort_by_key(|(rank, ns)| (core::cmp::Reverse(*ns), *rank));
+    let waited: u64 = by_rank.iter().map(|(_, ns)| ns).sum();
+    let exposed = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
+    let whole = Evidence {
+        what: format!(
+            "waiting for the last rank in {} collectives, all ranks",
+            case.joined.collectives
+        ),
+        value: format!(
+            "{}, of it {} with nothing else to run",
+            millis(waited),
+            millis(exposed)
+        ),
+        expected: "ranks arrive together".into(),
+    };
+    let worst = by_rank.into_iter().take(3).map(|(rank, ns)| {
+        let (who, times) = rank.map_or(("ranks that wait in a circle".to_owned(), 0), |rank| {
+            let late = case
+                .gpus
+                .iter()
+                .zip(&case.joined.last)
+                .filter(|(gpu, _)| gpu.subject.rank == rank);
+            (format!("rank {rank}"), late.map(|(_, last)| last).sum())
+        });
+        Evidence {
+            what: format!("waiting for {who}"),
+            value: format!(
+                "{}, last in {times} of {} collectives",
+                millis(ns),
+                case.joined.collectives
+            ),
+            expected: "no rank is last more often than others".into(),
+        }
+    });
+    core::iter::once(whole).chain(worst).collect()
+}
+
+/// The network is ruled out when collectives were mostly waiting.
+fn network(case: &Case<'_>, total_ns: u64) -> Option<RuledOut> {
+    let skew = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
+    let moving = sum(case, |gpu| gpu.ns(Leaf::CommProto));
+    (skew > moving).then(|| RuledOut {
+        cause: Cause::NetworkFabric,
+        why: format!(
+            "after the last rank had arrived, exposed communication took {} of GPU time; waiting for it {}",
+            percent(mul_div(moving, PPM, total_ns)),
+            percent(mul_div(skew, PPM, total_ns)),
+        ),
+    })
+}
+
+fn unexplained(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
+    let comm = sum(case, |gpu| gpu.ns(Leaf::CommProto));
+    let idle = sum(case, |gpu| gpu.ns(Leaf::IdleUnknown) + gpu.ns(Leaf::IdleDep));
+    let (cost_ns, comm) = if comm >= idle { (comm, true) } else { (idle, false) };
+    let share = mul_div(cost_ns, PPM, total_ns);
+    if share < UNEXPLAINED_PPM {
+        return None;
+    }
+    let given = case.gpus.len();
+    let (what, confirm) = match (comm, case.joined.whole.iter().all(|whole| *whole)) {
+        (true, false) => (
+            format!("exposed communication, seen from {given} of {} ranks", case.ranks),
+            "explain the traces of all ranks in one call: waiting for the last rank is then told from transfer",
+        ),
+        (true, true) => (
+            "exposed communication after the last rank had arrived".to_owned(),
+            "compare the collectives' bus bandwidth with a collective benchmark on the same nodes",
+        ),
+        (false, _) => (
+            "idle time in which the trace shows no host activity, or work queued behind another stream"
+                .to_owned(),
+            "trace again with_stack=True, so that the host's functions are in the trace",
+        ),
+    };
+    let mut verdict = plain(Cause::Unknown, confirm);
+    verdict.cost_ns = cost_ns;
+    verdict.share_ppm = u32::try_from(share).unwrap_or(u32::MAX);
+    verdict.confidence = Confidence::Low;
+    verdict.recovers.gpu_ns = cost_ns;
+    verdict.recovers.high_gpu_ns = cost_ns;
+    verdict.evidence.push(Evidence {
+        what,
+        value: format!("{} ({})", percent(share), millis(cost_ns)),
+        expected: "below 12 %".into(),
+    });
+    Some(verdict)
+}
+
+fn nothing(case: &Case<'_>, total_ns: u64) -> Verdict {
+    let mut verdict = plain(
+        Cause::None,
+        "nothing to confirm: no loss stands out in these traces",
+    );
+    let mut leaves: Vec<(u64, Leaf)> = Leaf::ALL
+        .iter()
+        .map(|leaf| (sum(case, |gpu| gpu.ns(*leaf)), *leaf))
+        .collect();
+    leaves.sort_by_key(|(ns, leaf)| (core::cmp::Reverse(*ns), *leaf));
+    let largest = leaves.into_iter().take(3).filter(|(ns, _)| *ns > 0);
+    verdict.evidence = largest
+        .map(|(ns, leaf)| Evidence {
+            what: format!("{} of all GPU time", leaf.name()),
+            value: percent(mul_div(ns, PPM, total_ns)),
+            expected: "no cause stands out".into(),
+        })
+        .collect();
+    verdict
+}
+
+fn plain(cause: Cause, confirm: &str) -> Verdict {
+    Verdict {
+        cause,
+        place: Place::default(),
+        cost_ns: 0,
+        share_ppm: 0,
+        confidence: Confidence::Medium,
+        evidence: Vec::new(),
+        ruled_out: Vec::new(),
+        confirm: confirm.to_owned(),
+        recovers: Recovers::default(),
+        onset_ns: None,
+    }
+}
+
+const fn confirm(cause: Cause) -> &'static str {
+    match cause {
+        Cause::DataLoader => {
+            "feed the same batch from memory for ten steps: the idle time must go; then raise num_workers"
+        }
+        Cause::HostLaunch => "capture the step as a graph, or compile it: idle time between kernels must go",
+        Cause::HostSync => {
+            "remove .item(), .cpu() and synchronize() calls from the step: the GPU must no longer drain"
+        }
+        Cause::DataCopy => {
+            "pin the batch's memory and copy with non_blocking=True: the copies must go under compute"
+        }
+        Cause::JobImbalance => {
+            "compare the late rank's batch and kernels with another's: its compute must be longer"
+        }
+        Cause::HostGc => "call gc.disable() for ten steps: the pauses must go",
+        Cause::HostAlloc => {
+            "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: allocation calls must leave the step"
+        }
+        Cause::HostCompile => "trace later steps: compilation must have ended",
+        Cause::JobCheckpoint => "trace steps without a checkpoint, or write it asynchronously",
+        _ => "trace again with_stack=True and look at the idle time",
+    }
+}
+
+fn sum(case: &Case<'_>, of: impl Fn(&Labelled) -> u64) -> u64 {
+    case.gpus
+        .iter()
+        .fold(0, |sum: u64, gpu| sum.saturating_add(of(gpu)))
+}
+
+fn percent(ppm: u64) -> String {
+    let tenths = (ppm + 500) / 1000;
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
+fn millis(ns: u64) -> String {
+    format!("{}.{:03} ms", ns / 1_000_000, ns / 1000 % 1000)
+}
