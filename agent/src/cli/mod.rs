@@ -12,6 +12,7 @@ mod collect;
 mod config;
 mod doctor;
 mod duration;
+mod explain;
 mod record;
 mod report;
 mod socket;
@@ -36,6 +37,8 @@ enum Command {
     Config(config::Args),
     /// What can be seen on this node, what cannot, why, and how to fix it
     Doctor(doctor::Args),
+    /// Explain PyTorch profiler traces, one per rank: no agent and no GPU needed; exit 2 when an input is unusable
+    Explain(explain::Args),
     /// Capture what the sources observe, for replay
     Record(record::Args),
     /// Show where GPU time went, who caused it and on what evidence: exit 3 when nothing is recorded
@@ -51,6 +54,7 @@ pub fn run() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Explain(args) => explain::run(args),
         Command::Record(args) => record::run(args),
         Command::Report(args) => report::run(args),
     }

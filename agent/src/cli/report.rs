@@ -125,7 +125,7 @@ fn source(args: &Args) -> Result<Source, String> {
     })
 }
 
-fn wants_colour() -> bool {
+pub(super) fn wants_colour() -> bool {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
     !refused && !dumb && std::io::stdout().is_terminal()

@@ -75,7 +75,7 @@ pub fn label(records: &[Record], waits: &[Window], host: &Host) -> Vec<Label> {
 fn layers(record: &Record, rates: &Rates) -> [Option<(usize, Window)>; 2] {
     let whole = |layer| [Some((layer, record.window)), None];
     match record.work {
-        Work::Kernel(class) if class == super::KernelClass::Communication => whole(COMM),
+        Work::Kernel(super::KernelClass::Communication) => whole(COMM),
         Work::Kernel(class) if class.is_matmul() => whole(MATMUL),
         Work::Kernel(super::KernelClass::Unknown) => whole(UNNAMED),
         Work::Kernel(_) => whole(NONMATMUL),

@@ -1,0 +1,413 @@
+//! Events to compact records.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use serde_json::value::RawValue;
+use stallscope_attribution::activity::{
+    Collective, Device, Doing, HostRange, KernelClass, Launch, RankTrace, Record, Work,
+};
+use stallscope_attribution::facts::{GpuSubject, RecordGap};
+use stallscope_attribution::time::Window;
+
+use super::decimal::{BadTime, micros_to_ns};
+use super::event::{Args, Category, Event, number, text};
+use super::header::Header;
+use super::{Trace, TraceError, host};
+
+/// Times from here on are of `CLOCK_REALTIME`: September 2001, ns.
+const REALTIME_FROM_NS: u64 = 1_000_000_000_000_000_000;
+
+/// What could not be used, by reason.
+#[derive(Debug, Default)]
+struct Losses {
+    malformed: u64,
+    not_a_number: u64,
+    negative: u64,
+    overflow: u64,
+    duplicates: u64,
+    without_launch: u64,
+}
+
+/// A GPU event whose launch is not looked up yet.
+struct Raw {
+    record: Record,
+    correlation: u64,
+    device: u32,
+}
+
+/// Takes events in any order.
+#[derive(Default)]
+pub(super) struct Collector {
+    events: u64,
+    losses: Losses,
+    gpu: Vec<Raw>,
+    launches: HashMap<u64, Launch>,
+    threads: HashMap<Box<str>, u32>,
+    busy: BTreeMap<u32, Vec<Window>>,
+    named: Vec<HostRange>,
+    marks: Vec<(Window, u32)>,
+    /// Kernels of no known class: count and time by name.
+    unknown: HashMap<Box<str>, (u64, u64)>,
+}
+
+impl Collector {
+    /// Counts an element that is no event.
+    pub(super) fn malformed(&mut self) {
+        self.losses.malformed += 1;
+    }
+
+    /// Takes one element of `traceEvents`.
+    pub(super) fn event(&mut self, text: &[u8]) {
+        self.events += 1;
+        match serde_json::from_slice::<Event<'_>>(text) {
+            Ok(event) => self.take(&event),
+            Err(_) if contains(text, b"NaN") || contains(text, b"Infinity") => self.losses.not_a_number += 1,
+            Err(_) => self.losses.malformed += 1,
+        }
+    }
+
+    fn take(&mut self, event: &Event<'_>) {
+        if event.ph.is_none_or(|ph| ph.get() != "\"X\"") {
+            return;
+        }
+        let category = event.cat.map_or(Category::Other, |cat| Category::of(&text(cat)));
+        if category == Category::Other {
+            return;
+        }
+        let window = match (time(event.ts), time(event.dur)) {
+            (Ok(start), Ok(length)) => start.checked_add(length).and_then(|end| Window::new(start, end)),
+            (Err(why), _) | (_, Err(why)) => return self.losses.time(why),
+        };
+        let Some(window) = window else {
+            return self.losses.time(BadTime::Overflow);
+        };
+        let name = event.name.map(text).unwrap_or_default();
+        match category {
+            Category::Kernel | Category::Copy | Category::Set => self.gpu(event, category, &name, window),
+            Category::Runtime => self.call(event, &name, window),
+            Category::Operator => self.operator(event, &name, window),
+            Category::Other => {}
+        }
+    }
+
+    fn gpu(&mut self, event: &Event<'_>, category: Category, name: &str, window: Window) {
+        let args = arguments(event);
+        let device = number(args.device).or_else(|| number(event.pid));
+        let Some(device) = device.and_then(|device| u32::try_from(device).ok()) else {
+            return self.malformed();
+        };
+        let work = work(category, name);
+        if work == Work::Kernel(KernelClass::Unknown) {
+            let (count, ns) = self.unknown.entry(name.into()).or_default();
+            *count += 1;
+            *ns += window.len_ns();
+        }
+        let collective = (work == Work::Kernel(KernelClass::Communication)).then(|| collective(name, &args));
+        let stream = number(args.stream).or_else(|| number(event.tid)).unwrap_or(0);
+        self.gpu.push(Raw {
+            record: Record {
+                window,
+                work,
+                stream: u32::try_from(stream).unwrap_or(u32::MAX),
+                launch: None,
+                bytes: number(args.bytes),
+                token: hash(&(name, args.grid.map(RawValue::get))),
+                collective,
+            },
+            correlation: number(args.correlation).unwrap_or(0),
+            device,
+        });
+    }
+
+    fn call(&mut self, event: &Event<'_>, name: &str, window: Window) {
+        let thread = self.thread(event.tid);
+        if host::is_launch(name)
+            && let Some(correlation) = number(arguments(event).correlation).filter(|id| *id > 0)
+        {
+            let launch = Launch {
+                at_ns: window.start_ns(),
+                thread,
+            };
+            let known = self.launches.entry(correlation).or_insert(launch);
+            *known = launch.min(*known);
+        }
+        self.range(window, thread, host::of_call(name));
+    }
+
+    fn operator(&mut self, event: &Event<'_>, name: &str, window: Window) {
+        let thread = self.thread(event.tid);
+        if name.starts_with("ProfilerStep#") {
+            // The mark spans the step whatever the thread does in it.
+            return self.marks.push((window, thread));
+        }
+        self.range(window, thread, host::of_operator(name));
+    }
+
+    /// Nested issuing is one stretch; only what has a name of its own is kept apart.
+    fn range(&mut self, window: Window, thread: u32, doing: Doing) {
+        if doing != Doing::Issue {
+            return self.named.push(HostRange {
+                window,
+                thread,
+                doing,
+            });
+        }
+        let busy = self.busy.entry(thread).or_default();
+        if let Some(last) = busy.last_mut()
+            && (last.start_ns()..=last.end_ns()).contains(&window.start_ns())
+            && let Some(joined) = Window::new(last.start_ns(), last.end_ns().max(window.end_ns()))
+        {
+            *last = joined;
+            return;
+        }
+        busy.push(window);
+    }
+
+    fn thread(&mut self, tid: Option<&RawValue>) -> u32 {
+        let tid = tid.map_or("", |tid| tid.get().trim_matches('"'));
+        if let Some(known) = self.threads.get(tid) {
+            return *known;
+        }
+        let next = u32::try_from(self.threads.len()).unwrap_or(u32::MAX);
+        self.threads.insert(tid.into(), next);
+        next
+    }
+
+    /// The trace, when it holds GPU events. `cut` says how the text ended early.
+    pub(super) fn finish(
+        mut self,
+        header: Header,
+        cut: Option<String>,
+        bytes: u64,
+    ) -> Result<Trace, TraceError> {
+        if self.gpu.is_empty() {
+            let gaps = self.gaps(&header.host, cut);
+            let lost: String = gaps
+                .iter()
+                .map(|gap| format!("; {} {}", gap.count, gap.what))
+                .collect();
+            return Err(TraceError::NoGpuEvents {
+                events: self.events,
+                lost,
+            });
+        }
+        let start = self
+            .gpu
+            .iter()
+            .map(|raw| raw.record.window.start_ns())
+            .min()
+            .unwrap_or(0);
+        let realtime_offset_ns = if start >= REALTIME_FROM_NS {
+            Some(0)
+        } else {
+            header.base_ns.and_then(|base| i64::try_from(base).ok())
+        };
+        let devices = self.devices(&header);
+        let main_thread = self.main_thread(&devices);
+        let gaps = self.gaps(&header.host, cut);
+        Ok(Trace {
+            rank: header.rank,
+            world: header.world,
+            host: header.host,
+            records: RankTrace {
+                devices,
+                host: self.ranges(),
+                marks: self.marks.iter().map(|(window, _)| *window).collect(),
+                main_thread,
+                realtime_offset_ns,
+                gaps,
+            },
+            events: self.events,
+            bytes,
+        })
+    }
+
+    fn devices(&mut self, header: &Header) -> Vec<Device> {
+        let mut devices: BTreeMap<u32, Vec<Record>> = BTreeMap::new();
+        let mut raws = std::mem::take(&mut self.gpu);
+        let key = |raw: &Raw| {
+            let record = &raw.record;
+            (
+                raw.device,
+                record.window,
+                record.stream,
+                raw.correlation,
+                record.token,
+                record.work,
+            )
+        };
+        raws.sort_unstable_by_key(key);
+        let found = raws.len();
+        raws.dedup_by(|a, b| key(a) == key(b));
+        self.losses.duplicates += (found - raws.len()) as u64;
+        for raw in raws {
+            let launch = self.launches.get(&raw.correlation).copied();
+            self.losses.without_launch += u64::from(launch.is_none());
+            devices
+                .entry(raw.device)
+                .or_default()
+                .push(Record { launch, ..raw.record });
+        }
+        let subject = |gpu: u32| GpuSubject {
+            job: String::new(),
+            node: header.host.clone(),
+            gpu,
+            pci: String::new(),
+            device: header.device(gpu),
+            rank: header.rank.unwrap_or(0),
+            world: header.world,
+            pid: 0,
+        };
+        let devices = devices.into_iter().map(|(gpu, records)| Device {
+            subject: subject(gpu),
+            records,
+        });
+        devices.collect()
+    }
+
+    /// The thread of the steps; without steps the one that launches most.
+    fn main_thread(&self, devices: &[Device]) -> Option<u32> {
+        if let Some((_, thread)) = self.marks.first() {
+            return Some(*thread);
+        }
+        let mut counts: BTreeMap<u32, u64> = BTreeMap::new();
+        for record in devices.iter().flat_map(|device| &device.records) {
+            if let Some(launch) = record.launch {
+                *counts.entry(launch.thread).or_default() += 1;
+            }
+        }
+        counts
+            .into_iter()
+            .max_by_key(|(_, count)| *count)
+            .map(|(thread, _)| thread)
+    }
+
+    fn ranges(&mut self) -> Vec<HostRange> {
+        let mut ranges = std::mem::take(&mut self.named);
+        for (thread, busy) in std::mem::take(&mut self.busy) {
+            ranges.extend(busy.into_iter().map(|window| HostRange {
+                window,
+                thread,
+                doing: Doing::Issue,
+            }));
+        }
+        ranges
+    }
+
+    fn gaps(&self, node: &str, cut: Option<String>) -> Vec<RecordGap> {
+        let losses = &self.losses;
+        let counted = [
+            (
+                losses.malformed,
+                "events are not valid JSON objects and were left out",
+            ),
+            (
+                losses.not_a_number,
+                "events have a time that is no number and were left out",
+            ),
+            (losses.negative, "events have a negative time and were left out"),
+            (
+                losses.overflow,
+                "events have a time beyond 64 bits of nanoseconds and were left out",
+            ),
+            (losses.duplicates, "GPU events appear twice and were counted once"),
+            (
+                losses.without_launch,
+                "GPU events have no launching call in the trace: idle time before them has no explanation",
+            ),
+        ];
+        let counted = counted.into_iter().filter(|(count, _)| *count > 0);
+        let mut gaps: Vec<RecordGap> = counted
+            .map(|(count, what)| gap(node, what.to_owned(), count))
+            .collect();
+        gaps.extend(cut.map(|what| gap(node, what, 0)));
+        gaps.extend(self.unnamed(node));
+        gaps
+    }
+
+    fn unnamed(&self, node: &str) -> Option<RecordGap> {
+        let count: u64 = self.unknown.values().map(|(count, _)| count).sum();
+        let ns: u64 = self.unknown.values().map(|(_, ns)| ns).sum();
+        let mut names: Vec<_> = self.unknown.iter().map(|(name, (_, ns))| (*ns, name)).collect();
+        names.sort_unstable_by(|a, b| b.cmp(a));
+        let most: Vec<String> = names
+            .iter()
+            .take(3)
+            .map(|(_, name)| name.chars().take(60).collect())
+            .collect();
+        (count > 0).then(|| {
+            let what = format!(
+                "kernels have names of no known class ({} us in all, most in {}): they count as compute.kernel",
+                ns / 1000,
+                most.join(", ")
+            );
+            gap(node, what, count)
+        })
+    }
+}
+
+impl Losses {
+    fn time(&mut self, why: BadTime) {
+        match why {
+            BadTime::NotANumber => self.not_a_number += 1,
+            BadTime::Negative => self.negative += 1,
+            BadTime::Overflow => self.overflow += 1,
+        }
+    }
+}
+
+fn gap(node: &str, what: String, count: u64) -> RecordGap {
+    RecordGap {
+        node: node.to_owned(),
+        window: None,
+        what,
+        count,
+    }
+}
+
+fn time(raw: Option<&RawValue>) -> Result<u64, BadTime> {
+    micros_to_ns(raw.map_or("", RawValue::get))
+}
+
+fn arguments<'a>(event: &Event<'a>) -> Args<'a> {
+    let args = event.args.map(|args| serde_json::from_str(args.get()));
+    args.and_then(Result::ok).unwrap_or_default()
+}
+
+fn work(category: Category, name: &str) -> Work {
+    match category {
+        Category::Kernel => Work::Kernel(KernelClass::of(name)),
+        Category::Copy if name.contains("HtoD") || name.contains("HostToDevice") => Work::ToDevice,
+        Category::Copy if name.contains("DtoH") || name.contains("DeviceToHost") => Work::ToHost,
+        _ => Work::OnDevice,
+    }
+}
+
+/// Sizes are part of what must agree only where the operation has the same size on all ranks.
+fn collective(name: &str, args: &Args<'_>) -> Collective {
+    let operation = args.collective.map(text).unwrap_or_default();
+    let even = ["allreduce", "_allgather_base", "_reduce_scatter_base"].contains(&operation.as_ref());
+    let size = even.then(|| (args.elements.map(RawValue::get), args.dtype.map(RawValue::get)));
+    let function = name.split('(').next().unwrap_or_default();
+    Collective {
+        group: args.group_name.map_or(0, |group| {
+            hash(&(group.get(), args.group_ranks.map(RawValue::get))).max(1)
+        }),
+        ranks: number(args.group_size)
+            .and_then(|ranks| u32::try_from(ranks).ok())
+            .unwrap_or(0),
+        message: hash(&(function, operation.as_ref(), size)),
+    }
+}
+
+/// Equal for equal values in every process: the hasher's keys are fixed.
+fn hash(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
