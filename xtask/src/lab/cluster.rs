@@ -151,6 +151,12 @@ impl Cluster {
         self.collector.as_ref().map(Child::pid)
     }
 
+    /// Whether there is a collector to ask and an agent that fed it.
+    #[must_use]
+    pub fn can_report(&self) -> bool {
+        self.collector.is_some() && !self.agents.is_empty()
+    }
+
     /// The folder with logs, configurations and stores.
     #[must_use]
     pub fn dir(&self) -> &Path {

@@ -69,12 +69,13 @@ pub fn observe(
                 at_step(cluster, step)?;
             }
             Some(event) => follow.note(&event, progress),
+            // Only when nothing waits to be read: asking takes time, and what the job does must be heard when it happens.
+            None if Instant::now() >= next_poll && cluster.can_report() => {
+                next_poll = Instant::now() + POLL;
+                follow.poll(cluster);
+                progress.status(&follow.status());
+            }
             None => {}
-        }
-        if Instant::now() >= next_poll && !cluster.agents().is_empty() {
-            next_poll = Instant::now() + POLL;
-            follow.poll(cluster);
-            progress.status(&follow.status());
         }
     };
     let overhead = meter.map(|meter| meter.read());
