@@ -98,7 +98,7 @@ impl Place {
     }
 }
 
-/// The job of a report; the virtual nodes run one.
+/// The job of a report: the one with the most GPU time comes first, before a co-tenant's.
 fn job(report: &Value) -> &Value {
     &report["jobs"][0]
 }

@@ -22,8 +22,8 @@ impl Default for Roots {
     }
 }
 
-/// Ring buffers came with 5.8; so did the capabilities apart from `CAP_SYS_ADMIN`.
-const OLDEST: (u32, u32) = (5, 8);
+/// Attach cookies, which tell one program which function it stands at, came with 5.15.
+const OLDEST: (u32, u32) = (5, 15);
 
 /// Capabilities by bit, capabilities(7); and what each is for.
 const CAPABILITIES: [(u32, &str, &str); 4] = [

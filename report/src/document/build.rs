@@ -1,5 +1,6 @@
 //! From the analysis to the document.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use stallscope_attribution::budget::Budget;
@@ -17,10 +18,11 @@ use super::{
 use crate::share::{Points, Share};
 
 impl Document {
-    /// The report of several jobs, in the order given.
+    /// The report of several jobs, the one with the most GPU time first.
     #[must_use]
     pub fn from_analyses<'a>(analyses: impl IntoIterator<Item = &'a JobAnalysis>) -> Self {
-        let analyses: Vec<&JobAnalysis> = analyses.into_iter().collect();
+        let mut analyses: Vec<&JobAnalysis> = analyses.into_iter().collect();
+        analyses.sort_by_key(|analysis| Reverse(gpu_time_ns(analysis)));
         let weakest = analyses
             .iter()
             .map(|analysis| analysis.tier)
@@ -37,6 +39,14 @@ impl From<&JobAnalysis> for Document {
     fn from(analysis: &JobAnalysis) -> Self {
         Self::from_analyses([analysis])
     }
+}
+
+fn gpu_time_ns(analysis: &JobAnalysis) -> u128 {
+    analysis
+        .gpus
+        .iter()
+        .map(|gpu| u128::from(gpu.total.window_ns()))
+        .sum()
 }
 
 const fn weakness(tier: Tier) -> u8 {

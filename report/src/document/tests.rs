@@ -28,6 +28,17 @@ fn every_fixture_holds_its_sums_and_survives_json() {
 }
 
 #[test]
+fn the_job_with_most_gpu_time_comes_first() {
+    let mut small = fixtures::healthy();
+    small.job = "co-tenant".to_owned();
+    small.gpus.truncate(1);
+    let document = Document::from_analyses(&[small, fixtures::thermal_straggler()]);
+    let totals: Vec<i128> = document.jobs.iter().map(|job| job.total.total_ns).collect();
+    assert!(totals[0] > totals[1], "{totals:?}");
+    assert_eq!(document.jobs[1].job, "co-tenant");
+}
+
+#[test]
 fn blame_sums_to_the_waiting() {
     let job = &Document::from(&fixtures::thermal_straggler()).jobs[0];
     let blamed: i128 = job.blame.iter().map(|blame| i128::from(blame.cost_ns)).sum();
