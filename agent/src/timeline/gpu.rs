@@ -245,9 +245,14 @@ impl GpuCounters {
         })
     }
 
+    /// Readings come in order of their ends, and those of one GPU do not overlap by more than a read.
     fn overlapping(&self, window: Window) -> impl Iterator<Item = (u64, &Sample)> {
+        let first = self
+            .samples
+            .partition_point(|sample| sample.window.end_ns() <= window.start_ns());
         self.samples
-            .iter()
+            .range(first..)
+            .take_while(move |sample| sample.window.start_ns() < window.end_ns())
             .filter_map(move |sample| Some((sample.window.intersect(window)?.len_ns(), sample)))
     }
 }

@@ -799,3 +799,25 @@ fn cuts_are_contiguous_when_a_pattern_comes_late() {
     );
     assert_eq!(cuts.last().unwrap().window.end_ns(), 40_000 * MS);
 }
+
+/// Prints how many observations per second the timeline takes on one core.
+#[test]
+#[ignore = "a measurement: cargo test --release -p stallscope --lib -- --ignored throughput --nocapture"]
+fn throughput() {
+    let log = job(&[10; 2_000], 4, 30).log;
+    let repeat = 5;
+    let started = crate::sources::clock::monotonic_ns();
+    for _ in 0..repeat {
+        let mut timeline = Timeline::new("node-a");
+        let mut events = Vec::new();
+        for batch in log.chunks(500) {
+            batch.iter().for_each(|observation| timeline.push(observation.clone()));
+            timeline.advance(&mut events);
+            events.clear();
+        }
+        timeline.finish(&mut events);
+    }
+    let took_ns = crate::sources::clock::monotonic_ns() - started;
+    let rate = repeat * log.len() as u64 * 1_000_000_000 / took_ns;
+    println!("{} observations, {rate} per second", log.len());
+}
