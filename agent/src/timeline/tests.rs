@@ -811,7 +811,9 @@ fn throughput() {
         let mut timeline = Timeline::new("node-a");
         let mut events = Vec::new();
         for batch in log.chunks(500) {
-            batch.iter().for_each(|observation| timeline.push(observation.clone()));
+            batch
+                .iter()
+                .for_each(|observation| timeline.push(observation.clone()));
             timeline.advance(&mut events);
             events.clear();
         }
