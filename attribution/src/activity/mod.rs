@@ -1,6 +1,6 @@
 //! Budgets from GPU activity records: when each kernel and copy ran, as the device itself recorded it.
 //!
-//! Every nanosecond of a GPU between its first and its last record gets one leaf ([`label`]): the sweep compute >
+//! Every nanosecond of a GPU between its first and its last record gets one leaf ([`label()`]): the sweep compute >
 //! communication > memory > idle decides what runs, and an idle gap is explained by what the host did before it
 //! launched what ended the gap. Budgets, steps and blame are sums over these labels, so all of them agree to the ns.
 
