@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use xtask::lab::leftovers;
@@ -71,13 +71,23 @@ fn a_child_sees_its_own_network_and_the_machines_mounts() -> Result<()> {
 fn a_child_dies_with_the_thread_that_started_it() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let log = dir.path().join("log");
-    let mut child = std::thread::spawn(move || {
-        Child::start("child", inside(None, Path::new("sleep")).arg("60"), &log, false)
-    })
-    .join()
-    .ok()
-    .context("the thread panicked")??;
+    let starter = std::thread::spawn(move || {
+        let child = Child::start("child", inside(None, Path::new("sleep")).arg("60"), &log, false)?;
+        wait_for_program(child.pid(), "sleep")?;
+        Ok::<_, anyhow::Error>(child)
+    });
+    let mut child = starter.join().ok().context("the thread panicked")??;
     let status = child.wait(Duration::from_secs(5))?;
     ensure!(!status.success(), "sleep ended by itself");
+    Ok(())
+}
+
+/// The wish to die with the parent is made before the program starts, and counts from then on.
+fn wait_for_program(pid: u32, name: &str) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while std::fs::read_to_string(format!("/proc/{pid}/comm"))?.trim() != name {
+        ensure!(Instant::now() < deadline, "{name} did not start");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     Ok(())
 }
