@@ -101,7 +101,7 @@ impl Answers {
 
     fn job_asked_for(&self, board: &Board, job: &str) -> Option<String> {
         if job.is_empty() {
-            board.jobs_since(0).into_iter().next()
+            board.main_job()
         } else {
             Some(job.to_owned())
         }

@@ -11,7 +11,7 @@ mod tests;
 
 pub use node::Absence;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use stallscope_attribution::facts::{GpuSubject, RecordGap};
 use stallscope_proto::convert::{Payload, Record, SubjectEntry, WireError};
@@ -273,6 +273,18 @@ impl Board {
             .collect();
         found.sort_by_key(|(_, job)| std::cmp::Reverse(job.received_ns));
         found.into_iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// The job that a question without a name means: the one of most ranks, of those the one heard of last. What
+    /// shares a GPU with it is a job too, and must not take its place by speaking last.
+    #[must_use]
+    pub fn main_job(&self) -> Option<String> {
+        let ranks = |job: &Job| job.gpus.keys().map(|gpu| gpu.rank).collect::<BTreeSet<_>>().len();
+        let main = self
+            .jobs
+            .iter()
+            .max_by_key(|(_, job)| (ranks(job), job.received_ns));
+        main.map(|(name, _)| name.clone())
     }
 
     /// Messages refused because they were not facts.

@@ -130,6 +130,26 @@ fn ranks_of_two_nodes_become_one_job_without_gaps() {
 }
 
 #[test]
+fn a_co_tenant_that_speaks_last_is_not_the_main_job() {
+    let mut board = Board::new(BoardLimits::default());
+    board.connected("n1", OFFSET as u64);
+    let mut agent = agent(&mut board, "n1", 1);
+    agent.announce(1, subject("n1", 0, 100));
+    agent.announce(2, subject("n1", 1, 101));
+    agent.announce(
+        3,
+        GpuSubject {
+            job: "co-tenant".into(),
+            ..subject("n1", 0, 200)
+        },
+    );
+    agent.steps(1, 0..3);
+    agent.steps(2, 0..3);
+    agent.steps(3, 3..9);
+    assert_eq!(board.main_job().as_deref(), Some("job"));
+}
+
+#[test]
 fn a_message_counts_once_and_each_boot_has_its_own_numbers() {
     let mut board = Board::new(BoardLimits::default());
     let mut first = agent(&mut board, "n1", 1);
