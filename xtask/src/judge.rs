@@ -98,7 +98,7 @@ impl Place {
     }
 }
 
-/// The job of a report: the one with the most GPU time comes first, before a co-tenant's.
+/// The job of a report: the collector answers an unnamed question with the job of most ranks, never a co-tenant's.
 fn job(report: &Value) -> &Value {
     &report["jobs"][0]
 }
