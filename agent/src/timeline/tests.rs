@@ -800,26 +800,38 @@ fn cuts_are_contiguous_when_a_pattern_comes_late() {
     assert_eq!(cuts.last().unwrap().window.end_ns(), 40_000 * MS);
 }
 
-/// Prints how many observations per second the timeline takes on one core.
+/// Also prints how many observations a second the timeline takes on one core (`--release -- --nocapture`).
 #[test]
-#[ignore = "a measurement: cargo test --release -p stallscope --lib -- --ignored throughput --nocapture"]
-fn throughput() {
-    let log = job(&[10; 2_000], 4, 30).log;
-    let repeat = 5;
+fn a_long_history_is_cut_into_every_step() {
+    const STEPS: u32 = 2_000;
+    let script = job(&[10; STEPS as usize], 4, 30);
+    let log = &script.log;
+    let mut timeline = Timeline::new("node-a");
+    let mut events = Vec::new();
     let started = crate::sources::clock::monotonic_ns();
-    for _ in 0..repeat {
-        let mut timeline = Timeline::new("node-a");
-        let mut events = Vec::new();
-        for batch in log.chunks(500) {
-            batch
-                .iter()
-                .for_each(|observation| timeline.push(observation.clone()));
-            timeline.advance(&mut events);
-            events.clear();
-        }
-        timeline.finish(&mut events);
+    for batch in log.chunks(500) {
+        batch
+            .iter()
+            .for_each(|observation| timeline.push(observation.clone()));
+        timeline.advance(&mut events);
     }
+    timeline.finish(&mut events);
     let took_ns = crate::sources::clock::monotonic_ns() - started;
-    let rate = repeat * log.len() as u64 * 1_000_000_000 / took_ns;
-    println!("{} observations, {rate} per second", log.len());
+    println!(
+        "{} observations, {} per second",
+        log.len(),
+        log.len() as u64 * 1_000_000_000 / took_ns.max(1)
+    );
+    let found = steps(&events);
+    let first_ns = found.first().expect("steps").window.start_ns();
+    assert!(
+        found
+            .windows(2)
+            .all(|pair| pair[0].window.end_ns() == pair[1].window.start_ns()),
+        "once the pattern is known no step is lost"
+    );
+    let drains = log.iter().filter(|observation| {
+        matches!(observation.fact, Fact::Sync { .. }) && observation.window.end_ns() > first_ns
+    });
+    assert_eq!(found.len(), drains.count(), "a step between any two drains");
 }
