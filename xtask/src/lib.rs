@@ -15,6 +15,7 @@ pub mod scenario;
 pub mod setup;
 pub mod shell;
 pub mod testing;
+pub mod truth;
 
 /// What a task prints on standard output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::paths::Paths;
-use xtask::{bpf, ci, cost, demo, package, scenario, setup, testing};
+use xtask::{bpf, ci, cost, demo, package, scenario, setup, testing, truth};
 
 /// Tasks around stallscope
 #[derive(Debug, Parser)]
@@ -41,6 +41,8 @@ enum Task {
     Scenario(scenario::Args),
     /// Measure what watching costs the job's steps
     Cost(cost::Args),
+    /// Measure how right the verdicts are and write docs/truth.md
+    Truth(truth::Args),
     /// Run every test, privileged ones included
     Test(testing::Args),
     /// Run the gates, then every test
@@ -80,6 +82,7 @@ fn run(task: Task) -> Result<()> {
         Task::Demo(args) => demo::run(&paths, &args),
         Task::Scenario(args) => scenario::run(&paths, &args),
         Task::Cost(args) => cost::run(&paths, &args),
+        Task::Truth(args) => truth::run(&paths, &args),
         Task::Test(args) => testing::run(&paths, args),
         Task::Ci => ci::run(&paths),
         Task::Package { test } => make_packages(&paths, test),
