@@ -67,7 +67,10 @@ fn every_nanosecond_has_a_leaf_that_exists() {
     for name in truth::leaf_names() {
         assert!(Leaf::from_name(name).is_some(), "{name}");
     }
-    for variant in variants(0..1) {
+    for variant in variants(0..1)
+        .into_iter()
+        .filter(|variant| variant.dose == Dose::Loud)
+    {
         let truth = truth::of(&variant, &play(&variant));
         let sum: i64 = truth.leaves.values().sum();
         assert_eq!(u64::try_from(sum), Ok(truth.total_ns), "{}", variant.name());
