@@ -27,6 +27,7 @@ pub struct Args {
 /// Something could not be built or run.
 pub fn run(paths: &Paths, args: &Args) -> Result<()> {
     setup::ensure(paths, setup::Scope::Run)?;
+    setup::ensure_lab()?;
     let programs = build::programs(paths)?;
     let file = args.file.clone().unwrap_or_else(|| demo::scenario(paths, "none"));
     let (mut without, mut with) = (Vec::new(), Vec::new());

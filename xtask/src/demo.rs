@@ -53,6 +53,7 @@ pub struct Args {
 /// Something could not be installed, built or run. A wrong verdict is no error: the report shows it.
 pub fn run(paths: &Paths, args: &Args) -> Result<()> {
     setup::ensure(paths, setup::Scope::Run)?;
+    setup::ensure_lab()?;
     let programs = build::programs(paths)?;
     let (dir, _deleted_at_the_end) = run_folder(args.keep)?;
     let mut progress = Progress::start();

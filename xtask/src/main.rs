@@ -69,14 +69,15 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<()> {
     let paths = Paths::find()?;
     match task {
-        Task::Setup { run_only } => setup::ensure(
-            &paths,
-            if run_only {
+        Task::Setup { run_only } => {
+            let scope = if run_only {
                 setup::Scope::Run
             } else {
                 setup::Scope::All
-            },
-        ),
+            };
+            setup::ensure(&paths, scope)?;
+            setup::ensure_lab()
+        }
         Task::BuildBpf { debug } => bpf::build(&paths, debug).map(drop),
         Task::BpfStats { write } => bpf::verifier::gate(&paths, write),
         Task::Demo(args) => demo::run(&paths, &args),

@@ -74,6 +74,7 @@ pub struct AgentSide {
 pub fn run(paths: &Paths, args: &Args) -> Result<()> {
     ensure!(args.file.is_file(), "{} is not a file", args.file.display());
     setup::ensure(paths, setup::Scope::Run)?;
+    setup::ensure_lab()?;
     let programs = build::programs(paths)?;
     let outcome = outcome(paths, &programs, &args.file, args.keep)?;
     match args.format {

@@ -1,6 +1,7 @@
 //! Installs what build and tests need; a second run finds everything there and changes nothing.
 
 mod apt;
+mod lab;
 mod mounts;
 mod tools;
 mod wheels;
@@ -123,6 +124,21 @@ pub fn ensure(paths: &Paths, scope: Scope) -> Result<()> {
         started.elapsed().as_secs_f64()
     );
     Ok(())
+}
+
+/// Makes sure that virtual nodes can run here: they need more of the machine than a build does.
+///
+/// # Errors
+/// The machine lacks something; the message names all of it and what helps.
+pub fn ensure_lab() -> Result<()> {
+    let lacks: Vec<String> = lab::lacks().iter().map(ToString::to_string).collect();
+    if lacks.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "virtual nodes cannot run on this machine:\n  {}",
+        lacks.join("\n  ")
+    )
 }
 
 /// Only one setup at a time: two would fight over apt and over the tools folder.

@@ -32,9 +32,12 @@ pub struct Args {
 /// A test failed, or could not run although it should.
 pub fn run(paths: &Paths, args: Args) -> Result<()> {
     setup::ensure(paths, setup::Scope::All)?;
+    let privileged = rustix::process::geteuid().is_root() && !args.unprivileged;
+    if privileged {
+        setup::ensure_lab()?;
+    }
     let programs = build::programs(paths)?;
     let mut tally = Tally::default();
-    let privileged = rustix::process::geteuid().is_root() && !args.unprivileged;
     cargo_test::run(paths, &programs, privileged, &mut tally)?;
     if privileged {
         scenarios(paths, &programs, args.quick, &mut tally)?;

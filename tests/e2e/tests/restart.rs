@@ -1,13 +1,11 @@
 //! Killing and restarting collector, agent or job leaves a correct report with its gaps named.
 
-use std::fs;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use stallscope_e2e::{eventually, privileged, programs};
+use test_cgroups::Tree;
 use xtask::demo;
 use xtask::judge;
 use xtask::lab::cluster::Cluster;
@@ -178,31 +176,6 @@ fn a_killed_job_leaves_a_correct_report() -> Result<()> {
 
 /// Kills every process below a control group.
 fn kill_processes_of(group: &str) -> Result<()> {
-    let mut killed = 0;
-    for root in fs::read_dir("/sys/fs/cgroup")?.flatten() {
-        killed += kill_below(&root.path().join(group.trim_start_matches('/')));
-    }
-    ensure!(killed > 0, "no process below {group}");
+    ensure!(Tree::find()?.kill(group) > 0, "no process below {group}");
     Ok(())
-}
-
-fn kill_below(group: &Path) -> usize {
-    let mut killed = 0;
-    let processes = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-    for pid in processes
-        .lines()
-        .filter_map(|line| line.parse().ok())
-        .filter_map(Pid::from_raw)
-    {
-        killed += usize::from(kill_process(pid, Signal::KILL).is_ok());
-    }
-    for below in fs::read_dir(group)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter(|entry| entry.path().is_dir())
-    {
-        killed += kill_below(&below.path());
-    }
-    killed
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use anyhow::Context;
 use serde_json::json;
+use test_cgroups::{CPU_PERIOD_US, Transfer};
 use virtual_node_state::PPM;
 use virtual_node_state::clock::{now_ns, unix_ns};
 use virtual_node_state::control::{Control, RankControl};
@@ -15,14 +16,13 @@ use virtual_node_state::power::REFERENCE_MHZ;
 use crate::plan::Plan;
 use crate::run::{Gpus, emit, node_env};
 use crate::scenario::{Fault, FaultKind};
-use crate::topology::{CPU, DISK, Topology, command};
+use crate::topology::{Topology, command};
 
 /// Temperatures of a healthy and of an overheated GPU, degrees Celsius.
 const COOL_C: u32 = 58;
 const HOT_C: u32 = 89;
 /// Cost of a launch beyond what the host is told to spend, ns.
 const CALL_NS: f64 = 2_000.0;
-const QUOTA_PERIOD_US: f64 = 100_000.0;
 
 /// A fault and when it was in force, ns of `CLOCK_MONOTONIC`.
 #[derive(Debug)]
@@ -120,7 +120,7 @@ impl Switch {
                 let read_s = (amount / 100.0 * job.step_s() - decode_s).max(0.001);
                 let bytes_per_s = job.sample_bytes() as f64 / read_s;
                 for rank in &ranks {
-                    throttle(scene, *rank, "read", on.then_some(bytes_per_s as u64))?;
+                    throttle(scene, *rank, Transfer::Read, on.then_some(bytes_per_s as u64))?;
                     knobs(rank).cold_reads.store(u32::from(on), SeqCst);
                 }
             }
@@ -137,14 +137,13 @@ impl Switch {
                 }
             }
             FaultKind::CpuQuota => {
-                let quota = if on {
-                    format!("{}", (amount / 100.0 * QUOTA_PERIOD_US) as u64)
-                } else {
-                    "-1".into()
-                };
+                let quota_us = (amount / 100.0 * CPU_PERIOD_US as f64) as u64;
                 for rank in &ranks {
-                    let file = format!("{CPU}{}/cpu.cfs_quota_us", plan.rank_cgroup(*rank));
-                    fs::write(&file, &quota).with_context(|| format!("failed to write {file}"))?;
+                    let group = plan.rank_cgroup(*rank);
+                    scene
+                        .topology
+                        .cgroups()
+                        .limit_cpu(&group, on.then_some(quota_us))?;
                 }
             }
             FaultKind::SlowLink => {
@@ -174,7 +173,7 @@ impl Switch {
                     job.checkpoint_every
                 };
                 for rank in &ranks {
-                    throttle(scene, *rank, "write", on.then_some(bytes_per_s as u64))?;
+                    throttle(scene, *rank, Transfer::Write, on.then_some(bytes_per_s as u64))?;
                     knobs(rank).checkpoint_every.store(every, SeqCst);
                 }
             }
@@ -198,13 +197,13 @@ impl Drop for Switch {
 }
 
 /// Limits a rank's rate on the dataset's disk; `None` lifts the limit.
-fn throttle(scene: &Scene<'_>, rank: u32, way: &str, bytes_per_s: Option<u64>) -> anyhow::Result<()> {
-    let file = format!(
-        "{DISK}{}/blkio.throttle.{way}_bps_device",
-        scene.plan.rank_cgroup(rank)
-    );
-    let line = format!("{} {}", scene.topology.disk_number()?, bytes_per_s.unwrap_or(0));
-    fs::write(&file, line).with_context(|| format!("failed to write {file}"))
+fn throttle(scene: &Scene<'_>, rank: u32, way: Transfer, bytes_per_s: Option<u64>) -> anyhow::Result<()> {
+    let group = scene.plan.rank_cgroup(rank);
+    let disk = scene.topology.disk_number()?;
+    Ok(scene
+        .topology
+        .cgroups()
+        .limit_disk(&group, way, &disk, bytes_per_s)?)
 }
 
 /// Shapes what a node sends, in Mbit/s; `None` lifts it.

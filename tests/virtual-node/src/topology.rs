@@ -10,15 +10,10 @@ use anyhow::{Context, bail};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
+use test_cgroups::Tree;
 
 use crate::plan::{Node, Plan, SHARDS};
 
-/// Hierarchies of control groups in which each rank has its own.
-pub(crate) const HIERARCHIES: [&str; 2] = [CPU, DISK];
-/// The hierarchy that shares out processors.
-pub(crate) const CPU: &str = "/sys/fs/cgroup/cpu";
-/// The hierarchy that shares out disks.
-pub(crate) const DISK: &str = "/sys/fs/cgroup/blkio";
 /// Notes of running topologies, for whoever has to clean up after a killed run.
 const NOTES: &str = "/run/stallscope-vnode";
 
@@ -35,6 +30,7 @@ struct Note {
 #[derive(Debug)]
 pub(crate) struct Topology {
     note: Note,
+    cgroups: Tree,
     /// Loop device of the dataset's disk.
     loop_device: String,
 }
@@ -59,10 +55,7 @@ pub(crate) fn command(line: &str) -> anyhow::Result<String> {
 /// Moves the calling process into a node and one of its control groups, and ties it to its parent's life.
 pub(crate) fn enter(netns: &str, cgroup: &str) -> anyhow::Result<()> {
     die_with_parent()?;
-    for hierarchy in HIERARCHIES {
-        let file = format!("{hierarchy}{cgroup}/cgroup.procs");
-        fs::write(&file, "0").with_context(|| format!("failed to join {file}"))?;
-    }
+    Tree::find()?.join(cgroup)?;
     let file = fs::File::open(format!("/run/netns/{netns}"))
         .with_context(|| format!("no network namespace {netns}"))?;
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
@@ -84,6 +77,7 @@ impl Topology {
     /// Builds all of it.
     pub(crate) fn build(plan: &Plan) -> anyhow::Result<Self> {
         clean_leftovers();
+        let cgroups = Tree::find()?;
         let mut namespaces: Vec<String> = plan.nodes.iter().map(|node| node.netns.clone()).collect();
         namespaces.push(plan.management.netns.clone());
         let note = Note {
@@ -98,16 +92,14 @@ impl Topology {
         // From here on a failure undoes what stands.
         let mut topology = Self {
             note,
+            cgroups,
             loop_device: String::new(),
         };
         topology.network(plan)?;
         for rank in 0..plan.scenario.ranks() {
             let (node, gpu) = plan.node_of(rank);
             for cgroup in [plan.rank_cgroup(rank), tenant_cgroup(node, gpu)] {
-                for hierarchy in HIERARCHIES {
-                    let group = format!("{hierarchy}{cgroup}");
-                    fs::create_dir_all(&group).with_context(|| format!("failed to create {group}"))?;
-                }
+                topology.cgroups.create(&cgroup)?;
             }
         }
         topology.loop_device = disk(plan)?;
@@ -122,6 +114,11 @@ impl Topology {
             .with_context(|| format!("failed to read {file}"))?
             .trim()
             .to_owned())
+    }
+
+    /// The host's control groups.
+    pub(crate) fn cgroups(&self) -> &Tree {
+        &self.cgroups
     }
 
     fn network(&self, plan: &Plan) -> anyhow::Result<()> {
@@ -208,11 +205,8 @@ fn is_vnode(pid: u32) -> bool {
 
 /// Undoes what a note says; parts that are already gone are no error.
 fn undo(note: &Note) {
-    for hierarchy in HIERARCHIES {
-        let group = PathBuf::from(format!("{hierarchy}/stallscope-vnode-{}", note.id));
-        kill_group(&group);
-        remove_group(&group);
-    }
+    let groups = Tree::find().and_then(|tree| tree.remove(&format!("/stallscope-vnode-{}", note.id)));
+    report(groups.map_err(Into::into));
     if fs::read_to_string("/proc/mounts")
         .is_ok_and(|mounts| mounts.contains(&format!(" {} ", note.mount.display())))
     {
@@ -231,50 +225,5 @@ fn undo(note: &Note) {
 fn report(result: anyhow::Result<()>) {
     if let Err(error) = result {
         eprintln!("vnode: {error:#}");
-    }
-}
-
-/// Kills what still runs in the run's own groups.
-fn kill_group(group: &Path) {
-    for _ in 0..50 {
-        let pids = members(group);
-        if pids.is_empty() {
-            return;
-        }
-        for pid in pids.into_iter().filter_map(rustix::process::Pid::from_raw) {
-            // One that has gone meanwhile is what we want.
-            let _gone = rustix::process::kill_process(pid, Signal::KILL);
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-}
-
-fn members(group: &Path) -> Vec<i32> {
-    let mut pids: Vec<i32> = fs::read_to_string(group.join("cgroup.procs"))
-        .map(|text| text.lines().filter_map(|line| line.parse().ok()).collect())
-        .unwrap_or_default();
-    for child in children(group) {
-        pids.extend(members(&child));
-    }
-    pids
-}
-
-fn children(group: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(group) else {
-        return Vec::new();
-    };
-    entries
-        .flatten()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| entry.path())
-        .collect()
-}
-
-fn remove_group(group: &Path) {
-    for child in children(group) {
-        remove_group(&child);
-    }
-    if group.exists() {
-        report(fs::remove_dir(group).with_context(|| format!("failed to remove {}", group.display())));
     }
 }

@@ -62,6 +62,8 @@ fn leftovers(id: u32) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     for folder in [
         "/run/netns",
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/unified",
         "/sys/fs/cgroup/cpu",
         "/sys/fs/cgroup/blkio",
         "/run/stallscope-vnode",

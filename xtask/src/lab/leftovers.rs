@@ -1,14 +1,12 @@
 //! What a run must not leave behind: network namespaces, control groups.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
+
+use test_cgroups::Tree;
 
 use super::virtual_nodes::Ready;
 use crate::shell;
-
-/// Where control groups may be mounted, one folder per hierarchy below it.
-const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Removes what is left of the nodes and names it. The virtual nodes clean up themselves; this is for when they
 /// could not.
@@ -24,9 +22,11 @@ pub fn remove(ready: &Ready) -> Vec<String> {
         let removed = shell::succeeds(Command::new("ip").args(["netns", "delete", name]));
         found.push(describe("network namespace", name, removed));
     }
-    for group in groups_left(ready) {
-        let removed = remove_group(&group).is_ok();
-        found.push(describe("control group", &group.display().to_string(), removed));
+    let Ok(tree) = Tree::find() else { return found };
+    for group in ready.nodes.iter().map(|node| &node.cgroup) {
+        if !tree.folders(group).is_empty() {
+            found.push(describe("control group", group, tree.remove(group).is_ok()));
+        }
     }
     found
 }
@@ -34,33 +34,4 @@ pub fn remove(ready: &Ready) -> Vec<String> {
 fn describe(kind: &str, name: &str, removed: bool) -> String {
     let done = if removed { "removed" } else { "still there" };
     format!("{kind} {name} ({done})")
-}
-
-fn groups_left(ready: &Ready) -> Vec<PathBuf> {
-    let hierarchies = fs::read_dir(CGROUP_ROOT)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path());
-    hierarchies
-        .flat_map(|root| {
-            ready
-                .nodes
-                .iter()
-                .map(move |node| root.join(node.cgroup.trim_start_matches('/')))
-                .collect::<Vec<_>>()
-        })
-        .filter(|group| group.is_dir())
-        .collect()
-}
-
-/// Children first, as the kernel wants it.
-fn remove_group(group: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(group)?
-        .flatten()
-        .filter(|entry| entry.path().is_dir())
-    {
-        remove_group(&entry.path())?;
-    }
-    fs::remove_dir(group)
 }

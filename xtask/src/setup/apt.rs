@@ -23,6 +23,8 @@ const PACKAGES: &[(&str, Scope)] = &[
     ("libzstd-dev", Scope::Run),
     ("iproute2", Scope::Run),
     ("util-linux", Scope::Run),
+    ("mount", Scope::Run),
+    ("e2fsprogs", Scope::Run),
     ("bpftool", Scope::Run),
     ("ca-certificates", Scope::Run),
     ("python3", Scope::All),

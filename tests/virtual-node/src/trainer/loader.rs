@@ -9,13 +9,13 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, bail};
 use rustix::fs::{Advice, fadvise};
+use test_cgroups::Tree;
 use virtual_node_state::PPM;
 use virtual_node_state::clock::{burn, now_ns, thread_cpu_ns};
 use virtual_node_state::control::Control;
 use virtual_node_state::map::Shared;
 
 use crate::plan::Plan;
-use crate::topology::CPU;
 
 /// What a worker says about a batch; the batch itself would lie in shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,18 +153,20 @@ pub(crate) fn run(dir: &Path, rank: u32, worker: u64, workers: u64) -> anyhow::R
     let control = Shared::<Control>::open(&plan.control()).context("failed to map the job's control file")?;
     let knobs = &control.ranks[rank as usize];
     let decode_ns = (plan.scenario.job.decode_ms * 1e6) as u64;
-    let group = format!("{CPU}{}/cpu.stat", plan.rank_cgroup(rank));
+    let (groups, group) = (Tree::find()?, plan.rank_cgroup(rank));
+    // A group that cannot be read is gone, and so is the run.
+    let throttled_ns = || groups.throttled_ns(&group).unwrap_or(0);
     let (mut requests, mut batches) = (stdin().lock(), stdout().lock());
     let mut request = [0; 1];
     let mut index = worker;
     while requests.read(&mut request)? == 1 {
-        let (begin_ns, throttled_before) = (now_ns(), throttled_ns(&group));
+        let (begin_ns, throttled_before) = (now_ns(), throttled_ns());
         let cpu_before = thread_cpu_ns();
         let (io_ns, read_cpu_ns) =
             read_sample(&plan.sample(rank, index), knobs.cold_reads.load(Relaxed) != 0)?;
         burn(decode_ns * knobs.decode_ppm.load(Relaxed) / PPM);
         let cpu_ns = (thread_cpu_ns() - cpu_before).saturating_sub(read_cpu_ns);
-        let throttled_ns = throttled_ns(&group).saturating_sub(throttled_before);
+        let throttled_ns = throttled_ns().saturating_sub(throttled_before);
         let batch = Batch {
             begin_ns,
             end_ns: now_ns(),
@@ -177,14 +179,6 @@ pub(crate) fn run(dir: &Path, rank: u32, worker: u64, workers: u64) -> anyhow::R
         index += workers;
     }
     Ok(())
-}
-
-/// Time a group was throttled by its quota so far; 0 when it cannot be read, which is when the group is gone.
-fn throttled_ns(stat: &str) -> u64 {
-    let text = std::fs::read_to_string(stat).unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("throttled_time ")?.trim().parse().ok())
-        .unwrap_or(0)
 }
 
 /// Reads a file to its end; time blocked and processor time used.
