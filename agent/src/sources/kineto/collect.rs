@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use serde_json::value::RawValue;
 use stallscope_attribution::activity::{
     Collective, Device, Doing, HostRange, KernelClass, Launch, RankTrace, Record, Work,
 };
@@ -17,6 +16,9 @@ use super::{Trace, TraceError, host};
 
 /// Times from here on are of `CLOCK_REALTIME`: September 2001, ns.
 const REALTIME_FROM_NS: u64 = 1_000_000_000_000_000_000;
+
+/// Names whose meaning is kept.
+const MOST_NAMES: usize = 1 << 16;
 
 /// What could not be used, by reason.
 #[derive(Debug, Default)]
@@ -36,6 +38,28 @@ struct Raw {
     device: u32,
 }
 
+/// What names mean, found out once for each. Bounded: traces of Python functions have any number of names.
+struct ByName<T>(HashMap<Box<[u8]>, T>);
+
+impl<T> Default for ByName<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T: Copy> ByName<T> {
+    fn of(&mut self, raw: &[u8], meaning: impl FnOnce(&str) -> T) -> T {
+        if let Some(known) = self.0.get(raw) {
+            return *known;
+        }
+        let found = meaning(&text(raw));
+        if self.0.len() < MOST_NAMES {
+            self.0.insert(raw.into(), found);
+        }
+        found
+    }
+}
+
 /// Takes events in any order.
 #[derive(Default)]
 pub(super) struct Collector {
@@ -44,6 +68,10 @@ pub(super) struct Collector {
     gpu: Vec<Raw>,
     launches: HashMap<u64, Launch>,
     threads: HashMap<Box<str>, u32>,
+    last_thread: Option<(Box<[u8]>, u32)>,
+    kernels: ByName<Work>,
+    calls: ByName<(bool, Doing)>,
+    operators: ByName<Doing>,
     busy: BTreeMap<u32, Vec<Window>>,
     named: Vec<HostRange>,
     marks: Vec<(Window, u32)>,
@@ -58,53 +86,50 @@ impl Collector {
     }
 
     /// Takes one element of `traceEvents`.
-    pub(super) fn event(&mut self, text: &[u8]) {
+    pub(super) fn event(&mut self, event: Event<'_>) {
         self.events += 1;
-        match serde_json::from_slice::<Event<'_>>(text) {
-            Ok(event) => self.take(&event),
-            Err(_) if contains(text, b"NaN") || contains(text, b"Infinity") => self.losses.not_a_number += 1,
-            Err(_) => self.losses.malformed += 1,
-        }
-    }
-
-    fn take(&mut self, event: &Event<'_>) {
-        if event.ph.is_none_or(|ph| ph.get() != "\"X\"") {
+        if !event.is_complete() {
             return;
         }
-        let category = event.cat.map_or(Category::Other, |cat| Category::of(&text(cat)));
+        let category = event.category();
         if category == Category::Other {
             return;
         }
-        let window = match (time(event.ts), time(event.dur)) {
+        let window = match (micros_to_ns(event.ts()), micros_to_ns(event.dur())) {
             (Ok(start), Ok(length)) => start.checked_add(length).and_then(|end| Window::new(start, end)),
             (Err(why), _) | (_, Err(why)) => return self.losses.time(why),
         };
         let Some(window) = window else {
             return self.losses.time(BadTime::Overflow);
         };
-        let name = event.name.map(text).unwrap_or_default();
         match category {
-            Category::Kernel | Category::Copy | Category::Set => self.gpu(event, category, &name, window),
-            Category::Runtime => self.call(event, &name, window),
-            Category::Operator => self.operator(event, &name, window),
+            Category::Kernel | Category::Copy | Category::Set => self.gpu(event, category, window),
+            Category::Runtime => self.call(event, window),
+            Category::Operator => self.operator(event, window),
             Category::Other => {}
         }
     }
 
-    fn gpu(&mut self, event: &Event<'_>, category: Category, name: &str, window: Window) {
-        let args = arguments(event);
-        let device = number(args.device).or_else(|| number(event.pid));
+    fn gpu(&mut self, event: Event<'_>, category: Category, window: Window) {
+        let args = event.args();
+        let device = number(args.device).or_else(|| number(event.pid()));
         let Some(device) = device.and_then(|device| u32::try_from(device).ok()) else {
             return self.malformed();
         };
-        let work = work(category, name);
+        let work = match category {
+            Category::Kernel => {
+                let class = |name: &str| Work::Kernel(KernelClass::of(name));
+                self.kernels.of(event.raw_name(), class)
+            }
+            Category::Copy => copy(&text(event.raw_name())),
+            _ => Work::OnDevice,
+        };
         if work == Work::Kernel(KernelClass::Unknown) {
-            let (count, ns) = self.unknown.entry(name.into()).or_default();
-            *count += 1;
-            *ns += window.len_ns();
+            self.unknown(&text(event.raw_name()), window);
         }
-        let collective = (work == Work::Kernel(KernelClass::Communication)).then(|| collective(name, &args));
-        let stream = number(args.stream).or_else(|| number(event.tid)).unwrap_or(0);
+        let collective = (work == Work::Kernel(KernelClass::Communication))
+            .then(|| collective(&text(event.raw_name()), &args));
+        let stream = number(args.stream).or_else(|| number(event.tid())).unwrap_or(0);
         self.gpu.push(Raw {
             record: Record {
                 window,
@@ -112,7 +137,7 @@ impl Collector {
                 stream: u32::try_from(stream).unwrap_or(u32::MAX),
                 launch: None,
                 bytes: number(args.bytes),
-                token: hash(&(name, args.grid.map(RawValue::get))),
+                token: hash(&(event.raw_name(), args.grid)),
                 collective,
             },
             correlation: number(args.correlation).unwrap_or(0),
@@ -120,11 +145,18 @@ impl Collector {
         });
     }
 
-    fn call(&mut self, event: &Event<'_>, name: &str, window: Window) {
-        let thread = self.thread(event.tid);
-        if host::is_launch(name)
-            && let Some(correlation) = number(arguments(event).correlation).filter(|id| *id > 0)
-        {
+    fn unknown(&mut self, name: &str, window: Window) {
+        let (count, ns) = self.unknown.entry(name.into()).or_default();
+        *count += 1;
+        *ns += window.len_ns();
+    }
+
+    fn call(&mut self, event: Event<'_>, window: Window) {
+        let thread = self.thread(event.tid());
+        let (is_launch, doing) = self.calls.of(event.raw_name(), |name| {
+            (host::is_launch(name), host::of_call(name))
+        });
+        if is_launch && let Some(correlation) = number(event.args().correlation).filter(|id| *id > 0) {
             let launch = Launch {
                 at_ns: window.start_ns(),
                 thread,
@@ -132,16 +164,17 @@ impl Collector {
             let known = self.launches.entry(correlation).or_insert(launch);
             *known = launch.min(*known);
         }
-        self.range(window, thread, host::of_call(name));
+        self.range(window, thread, doing);
     }
 
-    fn operator(&mut self, event: &Event<'_>, name: &str, window: Window) {
-        let thread = self.thread(event.tid);
-        if name.starts_with("ProfilerStep#") {
+    fn operator(&mut self, event: Event<'_>, window: Window) {
+        let thread = self.thread(event.tid());
+        if event.raw_name().starts_with(b"\"ProfilerStep#") {
             // The mark spans the step whatever the thread does in it.
             return self.marks.push((window, thread));
         }
-        self.range(window, thread, host::of_operator(name));
+        let doing = self.operators.of(event.raw_name(), host::of_operator);
+        self.range(window, thread, doing);
     }
 
     /// Nested issuing is one stretch; only what has a name of its own is kept apart.
@@ -164,14 +197,16 @@ impl Collector {
         busy.push(window);
     }
 
-    fn thread(&mut self, tid: Option<&RawValue>) -> u32 {
-        let tid = tid.map_or("", |tid| tid.get().trim_matches('"'));
-        if let Some(known) = self.threads.get(tid) {
-            return *known;
+    fn thread(&mut self, tid: &[u8]) -> u32 {
+        if let Some((last, thread)) = &self.last_thread
+            && **last == *tid
+        {
+            return *thread;
         }
         let next = u32::try_from(self.threads.len()).unwrap_or(u32::MAX);
-        self.threads.insert(tid.into(), next);
-        next
+        let thread = *self.threads.entry(text(tid).as_ref().into()).or_insert(next);
+        self.last_thread = Some((tid.into(), thread));
+        thread
     }
 
     /// The trace, when it holds GPU events. `cut` says how the text ended early.
@@ -366,34 +401,28 @@ fn gap(node: &str, what: String, count: u64) -> RecordGap {
     }
 }
 
-fn time(raw: Option<&RawValue>) -> Result<u64, BadTime> {
-    micros_to_ns(raw.map_or("", RawValue::get))
-}
-
-fn arguments<'a>(event: &Event<'a>) -> Args<'a> {
-    let args = event.args.map(|args| serde_json::from_str(args.get()));
-    args.and_then(Result::ok).unwrap_or_default()
-}
-
-fn work(category: Category, name: &str) -> Work {
-    match category {
-        Category::Kernel => Work::Kernel(KernelClass::of(name)),
-        Category::Copy if name.contains("HtoD") || name.contains("HostToDevice") => Work::ToDevice,
-        Category::Copy if name.contains("DtoH") || name.contains("DeviceToHost") => Work::ToHost,
-        _ => Work::OnDevice,
+fn copy(name: &str) -> Work {
+    if name.contains("HtoD") || name.contains("HostToDevice") {
+        Work::ToDevice
+    } else if name.contains("DtoH") || name.contains("DeviceToHost") {
+        Work::ToHost
+    } else {
+        Work::OnDevice
     }
 }
 
 /// Sizes are part of what must agree only where the operation has the same size on all ranks.
 fn collective(name: &str, args: &Args<'_>) -> Collective {
-    let operation = args.collective.map(text).unwrap_or_default();
+    let operation = text(args.collective);
     let even = ["allreduce", "_allgather_base", "_reduce_scatter_base"].contains(&operation.as_ref());
-    let size = even.then(|| (args.elements.map(RawValue::get), args.dtype.map(RawValue::get)));
+    let size = even.then_some((args.elements, args.dtype));
     let function = name.split('(').next().unwrap_or_default();
     Collective {
-        group: args.group_name.map_or(0, |group| {
-            hash(&(group.get(), args.group_ranks.map(RawValue::get))).max(1)
-        }),
+        group: if args.group_name.is_empty() {
+            0
+        } else {
+            hash(&(args.group_name, args.group_ranks)).max(1)
+        },
         ranks: number(args.group_size)
             .and_then(|ranks| u32::try_from(ranks).ok())
             .unwrap_or(0),
@@ -406,8 +435,4 @@ fn hash(value: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
-}
-
-fn contains(text: &[u8], part: &[u8]) -> bool {
-    text.windows(part.len()).any(|window| window == part)
 }

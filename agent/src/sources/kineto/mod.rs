@@ -10,6 +10,7 @@ mod header;
 mod host;
 mod job;
 mod scan;
+mod walk;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -183,7 +184,10 @@ fn events<R: Read>(scanner: &mut Scanner<R>, collector: &mut collect::Collector)
                 return Ok(());
             }
             Some(b',') => scanner.skip(),
-            Some(b'{') => collector.event(scanner.value()?),
+            Some(b'{') => match scanner.event()? {
+                Some(event) => collector.event(event),
+                None => collector.malformed(),
+            },
             Some(b'}' | b':') => {
                 scanner.skip();
                 collector.malformed();

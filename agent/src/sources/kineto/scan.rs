@@ -3,6 +3,8 @@
 use std::io::Read;
 
 use super::TraceError;
+use super::event::{Event, Fields};
+use super::walk::Stop;
 
 /// Bytes read at once.
 const CHUNK: usize = 256 * 1024;
@@ -87,10 +89,7 @@ impl<R: Read> Scanner<R> {
             }
             seen += text.len();
             if seen > LONGEST_VALUE {
-                return Err(Cut::Failed(TraceError::TooLong {
-                    at_byte: self.offset(),
-                    limit: LONGEST_VALUE,
-                }));
+                return Err(self.too_long());
             }
             if !self.fill() {
                 return if state.is_scalar() && seen > 0 {
@@ -102,6 +101,37 @@ impl<R: Read> Scanner<R> {
                 };
             }
         }
+    }
+
+    /// The event that begins at the next byte, consumed; `None` for an object that is no JSON, consumed too. It is
+    /// valid until the next call.
+    pub(super) fn event(&mut self) -> Result<Option<Event<'_>>, Cut> {
+        loop {
+            match Fields::find(&self.buffer[self.at..]) {
+                Ok((fields, length)) => {
+                    let text = &self.buffer[self.at..self.at + length];
+                    self.at += length;
+                    return Ok(Some(Event { text, fields }));
+                }
+                // Its brackets may still tell where it ends.
+                Err(Stop::Broken) => return self.value().map(|_| None),
+                Err(Stop::Ended) => {
+                    if self.buffer.len() - self.at > LONGEST_VALUE {
+                        return Err(self.too_long());
+                    }
+                    if !self.fill() {
+                        return Err(Cut::Ended);
+                    }
+                }
+            }
+        }
+    }
+
+    fn too_long(&self) -> Cut {
+        Cut::Failed(TraceError::TooLong {
+            at_byte: self.offset(),
+            limit: LONGEST_VALUE,
+        })
     }
 
     /// Skips the value that begins at the next byte, however long it is.
@@ -132,7 +162,8 @@ impl<R: Read> Scanner<R> {
         self.buffer.drain(..self.at);
         self.at = 0;
         let kept = self.buffer.len();
-        self.buffer.resize(kept + CHUNK, 0);
+        // As much again as is held: a long value is not walked anew for every chunk of it.
+        self.buffer.resize(kept + CHUNK.max(kept), 0);
         let got = loop {
             match self.reader.read(&mut self.buffer[kept..]) {
                 Ok(got) => break got,
