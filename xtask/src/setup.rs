@@ -4,8 +4,10 @@ mod apt;
 mod lab;
 mod mounts;
 mod tools;
+mod venv;
 mod wheels;
 
+pub use venv::python;
 pub use wheels::nccl_library;
 
 use std::fs::File;
@@ -34,6 +36,7 @@ struct Missing {
     components: Vec<&'static str>,
     tools: Vec<&'static tools::Tool>,
     wheels: Vec<&'static wheels::Wheel>,
+    venv: bool,
     mounts: Vec<&'static mounts::Mount>,
 }
 
@@ -44,6 +47,7 @@ impl Missing {
             components: missing_components(scope),
             tools: tools::missing(paths, scope),
             wheels: wheels::missing(paths, scope),
+            venv: venv::is_missing(paths, scope),
             mounts: mounts::missing()?,
         })
     }
@@ -53,6 +57,7 @@ impl Missing {
             && self.components.is_empty()
             && self.tools.is_empty()
             && self.wheels.is_empty()
+            && !self.venv
             && self.mounts.is_empty()
     }
 
@@ -67,6 +72,7 @@ impl Missing {
         }
         lines.extend(self.tools.iter().map(|tool| tool.command_line(paths)));
         lines.extend(self.wheels.iter().map(|wheel| wheel.command_line(paths)));
+        lines.extend(self.venv.then(|| venv::command_line(paths)));
         lines.extend(self.mounts.iter().map(|mount| shell::line(&mount.command())));
         lines
     }
@@ -86,6 +92,9 @@ impl Missing {
         }
         for wheel in &self.wheels {
             wheel.fetch(paths)?;
+        }
+        if self.venv {
+            venv::install(paths)?;
         }
         Ok(())
     }

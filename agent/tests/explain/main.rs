@@ -3,6 +3,7 @@
 //! The sweeps are those of an independent integer sweep over the same files; the idle figures of the first four equal
 //! HolisticTraceAnalysis 0.5.0 to the microsecond.
 
+mod holistic;
 mod hostile;
 mod oracle;
 
@@ -15,6 +16,22 @@ use stallscope_attribution::job::JobAnalysis;
 /// A file below `tests/data/traces`.
 fn path(name: &str) -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data/traces")).join(name)
+}
+
+/// The Python with the tools of others; `None`, with the reason said, where there is none.
+fn python(test: &str) -> Option<PathBuf> {
+    let Some(python) = std::env::var_os("STALLSCOPE_PYTHON").map(PathBuf::from) else {
+        println!("skipped: {test}: STALLSCOPE_PYTHON names no Python; `cargo xtask test` sets it");
+        return None;
+    };
+    if !python.exists() {
+        println!(
+            "skipped: {test}: {} is missing; `cargo xtask setup` makes it",
+            python.display()
+        );
+        return None;
+    }
+    Some(python)
 }
 
 fn trace(name: &str) -> Trace {

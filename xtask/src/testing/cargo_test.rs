@@ -53,7 +53,8 @@ fn command(
         .args(options)
         .env("STALLSCOPE_BPF_OBJECT", &programs.bpf_object)
         .env("STALLSCOPE_CACHE", &paths.cache)
-        .env("STALLSCOPE_REAL_NCCL", setup::nccl_library(paths));
+        .env("STALLSCOPE_REAL_NCCL", setup::nccl_library(paths))
+        .env("STALLSCOPE_PYTHON", setup::python(paths));
     if privileged {
         command.env("STALLSCOPE_PRIVILEGED", "1");
     } else {
