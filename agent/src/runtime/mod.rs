@@ -99,6 +99,7 @@ async fn supervise(options: &Options) -> Result<(), RunError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(start("the SIGTERM handler"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(start("the SIGINT handler"))?;
 
+    own::raise_file_limit();
     let config = &options.config;
     let shared = Arc::new(Shared::new(config.node_name()));
     tracing::info!(node = %shared.node, "agent starts");

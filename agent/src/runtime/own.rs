@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use stallscope_proto::convert::MAX_NAME_BYTES;
 
@@ -33,6 +34,19 @@ impl OwnMeter {
             observations_per_s: rate(observations, then_observations, 1_000_000_000),
             ..OwnUse::default()
         }
+    }
+}
+
+/// Raises the limit of open files to what the system allows. Every probed function holds up to four descriptors, so
+/// that some ten library files are enough for the usual 1024; without descriptors every process would seem gone.
+pub(super) fn raise_file_limit() {
+    let now = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: now.maximum,
+        maximum: now.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, limit = now.current, "the limit of open files is not raised: some libraries may stay unseen");
     }
 }
 

@@ -15,6 +15,8 @@ pub const RECENT_SPANS: usize = 64;
 pub const RECENT_PORTS: usize = 512;
 /// Most recent jobs kept.
 pub const RECENT_JOBS: usize = 32;
+/// Most steps and spans kept of all jobs together, about 1.2 KiB each; of the jobs heard of last.
+pub const RECENT_ENTRIES: usize = 16_384;
 /// Most processes kept per job; those heard of last.
 pub const RECENT_GPUS: usize = 64;
 /// Most recent gaps kept.
@@ -131,6 +133,8 @@ pub struct OwnUse {
 pub struct Recent {
     jobs: BTreeMap<String, RecentJob>,
     heard: u64,
+    /// Steps and spans of all jobs.
+    entries: usize,
     ports: VecDeque<PortFacts>,
     gaps: VecDeque<RecordGap>,
 }
@@ -139,6 +143,8 @@ pub struct Recent {
 struct RecentJob {
     kind: String,
     gpus: BTreeMap<GpuSubject, RecentGpu>,
+    /// When it was heard of last, in the count of everything heard.
+    heard: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -149,52 +155,87 @@ struct RecentGpu {
     heard: u64,
 }
 
-fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, most: usize) {
-    if queue.len() == most {
+impl RecentGpu {
+    fn entries(&self) -> usize {
+        self.steps.len() + self.spans.len()
+    }
+}
+
+/// By how much the queue grew.
+fn push_bounded<T>(queue: &mut VecDeque<T>, item: T, most: usize) -> usize {
+    let before = queue.len();
+    if before == most {
         queue.pop_front();
     }
     queue.push_back(item);
+    queue.len() - before
 }
 
 impl Recent {
     /// A job's declared kind.
     pub fn set_kind(&mut self, job: &str, kind: &str) {
-        kind.clone_into(&mut self.jobs.entry(job.to_owned()).or_default().kind);
+        kind.clone_into(&mut self.job(job).kind);
+    }
+
+    /// The job's entry; made when there is none, in place of the job heard of longest ago when there are too many.
+    fn job(&mut self, name: &str) -> &mut RecentJob {
+        self.heard += 1;
+        if self.jobs.len() >= RECENT_JOBS && !self.jobs.contains_key(name) {
+            self.forget_oldest_job(name);
+        }
+        let job = self.jobs.entry(name.to_owned()).or_default();
+        job.heard = self.heard;
+        job
+    }
+
+    /// Forgets the job heard of longest ago that is not `but`. Whether there was one.
+    fn forget_oldest_job(&mut self, but: &str) -> bool {
+        let others = self.jobs.iter().filter(|(name, _)| *name != but);
+        let oldest = others.min_by_key(|(_, job)| job.heard);
+        let oldest = oldest.map(|(name, _)| name.clone());
+        oldest.is_some_and(|name| {
+            self.forget(&name);
+            true
+        })
     }
 
     fn gpu(&mut self, subject: &GpuSubject) -> &mut RecentGpu {
-        self.heard += 1;
-        if self.jobs.len() >= RECENT_JOBS && !self.jobs.contains_key(&subject.job) {
-            let heard = |job: &RecentJob| job.gpus.values().map(|gpu| gpu.heard).max();
-            let oldest = self
-                .jobs
-                .iter()
-                .min_by_key(|(_, job)| heard(job))
-                .map(|(name, _)| name.clone());
-            oldest.and_then(|name| self.jobs.remove(&name));
+        if self.entries >= RECENT_ENTRIES && !self.forget_oldest_job(&subject.job) {
+            self.forget_oldest_gpu(subject);
         }
-        let job = self.jobs.entry(subject.job.clone()).or_default();
+        let job = self.job(&subject.job);
+        let heard = job.heard;
         if job.gpus.len() >= RECENT_GPUS && !job.gpus.contains_key(subject) {
-            let oldest = job
-                .gpus
-                .iter()
-                .min_by_key(|(_, gpu)| gpu.heard)
-                .map(|(subject, _)| subject.clone());
-            oldest.and_then(|subject| job.gpus.remove(&subject));
+            self.forget_oldest_gpu(subject);
         }
-        let gpu = job.gpus.entry(subject.clone()).or_default();
-        gpu.heard = self.heard;
+        let gpu = self.job(&subject.job).gpus.entry(subject.clone()).or_default();
+        gpu.heard = heard;
         gpu
+    }
+
+    /// Forgets the process of the subject's job that was heard of longest ago and is not the subject.
+    fn forget_oldest_gpu(&mut self, but: &GpuSubject) {
+        let Some(job) = self.jobs.get_mut(&but.job) else {
+            return;
+        };
+        let others = job.gpus.iter().filter(|(subject, _)| *subject != but);
+        let oldest = others.min_by_key(|(_, gpu)| gpu.heard);
+        let oldest = oldest.map(|(subject, _)| subject.clone());
+        if let Some(gpu) = oldest.and_then(|subject| job.gpus.remove(&subject)) {
+            self.entries -= gpu.entries();
+        }
     }
 
     /// Adds a step.
     pub fn push_step(&mut self, subject: &GpuSubject, step: GpuStep) {
-        push_bounded(&mut self.gpu(subject).steps, step, RECENT_STEPS);
+        let added = push_bounded(&mut self.gpu(subject).steps, step, RECENT_STEPS);
+        self.entries += added;
     }
 
     /// Adds a span.
     pub fn push_span(&mut self, subject: &GpuSubject, span: Span) {
-        push_bounded(&mut self.gpu(subject).spans, span, RECENT_SPANS);
+        let added = push_bounded(&mut self.gpu(subject).spans, span, RECENT_SPANS);
+        self.entries += added;
     }
 
     /// Adds a network window.
@@ -209,7 +250,9 @@ impl Recent {
 
     /// Forgets a job.
     pub fn forget(&mut self, job: &str) {
-        self.jobs.remove(job);
+        if let Some(job) = self.jobs.remove(job) {
+            self.entries -= job.gpus.values().map(RecentGpu::entries).sum::<usize>();
+        }
     }
 
     /// Names of the jobs remembered.

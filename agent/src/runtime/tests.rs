@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use stallscope_attribution::budget::Budget;
+use stallscope_attribution::facts::{GpuSubject, Span, SpanKind};
+use stallscope_attribution::time::Window;
 use tempfile::TempDir;
 
 use super::*;
@@ -107,4 +110,89 @@ fn the_part_of_a_gap_is_one_clean_line() {
     let text = own::clean(&format!("a\nb\t{}", "x".repeat(5_000)));
     assert!(text.starts_with("a b x") && text.len() == 1_024);
     assert_ne!(own::random(), own::random());
+}
+
+#[test]
+fn jobs_remembered_are_bounded_although_each_is_announced_before_its_first_step() {
+    let mut recent = status::Recent::default();
+    for number in 0..10 * status::RECENT_JOBS {
+        recent.set_kind(&format!("job-{number:04}"), "pretrain");
+    }
+    let names: Vec<&str> = recent.jobs().collect();
+    assert_eq!(names.len(), status::RECENT_JOBS);
+    assert_eq!(
+        names.first(),
+        Some(&"job-0288"),
+        "the jobs heard of last are kept"
+    );
+}
+
+#[test]
+fn steps_remembered_are_bounded_over_all_jobs_and_processes() {
+    let span = Span {
+        kind: SpanKind::Other,
+        window: Window::instant(1),
+        realtime_offset_ns: 0,
+        budget: Budget::unobserved(0),
+    };
+    let subject = |job: usize, pid: u32| GpuSubject {
+        job: format!("job-{job}"),
+        node: "node".to_owned(),
+        gpu: 0,
+        pci: String::new(),
+        device: String::new(),
+        rank: 0,
+        world: 1,
+        pid,
+    };
+    let mut recent = status::Recent::default();
+    let held = |recent: &status::Recent| -> usize {
+        let facts = recent.job_facts();
+        facts
+            .iter()
+            .flat_map(|job| &job.gpus)
+            .map(|gpu| gpu.spans.len())
+            .sum()
+    };
+    let gpus = u32::try_from(status::RECENT_GPUS).unwrap();
+    for job in 0..16 {
+        for pid in 0..gpus {
+            for _ in 0..=status::RECENT_SPANS {
+                recent.push_span(&subject(job, pid), span.clone());
+            }
+            assert!(
+                held(&recent) <= status::RECENT_ENTRIES,
+                "after job {job}, process {pid}"
+            );
+        }
+    }
+    assert!(
+        held(&recent) > status::RECENT_ENTRIES / 2,
+        "only the oldest give way"
+    );
+    let last = subject(15, gpus - 1);
+    assert!(
+        recent
+            .job_facts()
+            .iter()
+            .any(|job| job.gpus.iter().any(|gpu| gpu.subject == last))
+    );
+    for job in 0..16 {
+        recent.forget(&format!("job-{job}"));
+    }
+    assert_eq!(held(&recent), 0);
+}
+
+#[test]
+fn the_agent_may_open_as_many_files_as_the_system_allows() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let lower = maximum.map_or(4_096, |maximum| maximum - 1);
+    let lowered = Rlimit {
+        current: Some(lower),
+        maximum,
+    };
+    setrlimit(Resource::Nofile, lowered).unwrap();
+    own::raise_file_limit();
+    assert_eq!(getrlimit(Resource::Nofile).current, maximum);
 }
