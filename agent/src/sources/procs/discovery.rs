@@ -351,7 +351,10 @@ impl Discovery {
             .libraries
             .iter()
             .find(|library| library.id == id)?;
-        let is_it = |path: &Path| std::fs::metadata(path).is_ok_and(|metadata| metadata.ino() == id.inode);
+        // The path is another user's to change, and opening anything but a plain file may block or do worse.
+        let is_it = |path: &Path| {
+            std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.ino() == id.inode)
+        };
         let below_root = self
             .proc_fs
             .path(pid, "root")

@@ -8,6 +8,8 @@ use super::{LibraryId, LibraryKind};
 const LINE_BYTES: usize = 8192;
 /// Most lines read of one process: the kernel's default `vm.max_map_count` is 65530.
 const MAX_LINES: usize = 1 << 18;
+/// Most probed libraries of one process: one or two are usual, and each costs some hundred probes and descriptors.
+const MAX_LIBRARIES: usize = 16;
 const DELETED: &[u8] = b" (deleted)";
 
 /// A probed library as a process maps it.
@@ -39,6 +41,9 @@ pub(super) fn scan_maps(mut maps: impl BufRead) -> std::io::Result<Vec<MappedLib
             && found.iter().all(|known| known.id != library.id)
         {
             found.push(library);
+            if found.len() == MAX_LIBRARIES {
+                break;
+            }
         }
     }
     Ok(found)
@@ -129,6 +134,14 @@ mod tests {
                 },
             ]
         );
+    }
+
+    #[test]
+    fn a_process_that_maps_a_library_file_after_file_is_read_no_further() {
+        let maps: String = (1..=10_000)
+            .map(|inode| format!("7f00-7f01 r-xp 00000000 08:01 {inode} /tmp/{inode}/libnccl.so.2\n"))
+            .collect();
+        assert_eq!(scan_maps(maps.as_bytes()).unwrap().len(), MAX_LIBRARIES);
     }
 
     proptest::proptest! {

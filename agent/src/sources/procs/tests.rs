@@ -384,6 +384,69 @@ fn a_deleted_or_replaced_library_is_opened_through_the_mapping() {
 }
 
 #[test]
+fn the_packaged_units_capabilities_open_what_a_process_maps() {
+    const NAME: &str = "the_packaged_units_capabilities_open_what_a_process_maps";
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: {NAME}: only root has capabilities to give up");
+        return;
+    }
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/stallscope.service");
+    let unit = std::fs::read_to_string(unit).unwrap().replace("\\\n", " ");
+    let bounding = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .unwrap();
+    let only: Vec<String> = bounding
+        .split_whitespace()
+        .map(|name| format!("+{}", name.trim_start_matches("CAP_").to_lowercase()))
+        .collect();
+    let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+    let mapped = format!("/proc/{}/map_files", child.id());
+    let range = std::fs::read_dir(&mapped)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    let opened = Command::new("setpriv")
+        .args(["--bounding-set", &format!("-all,{}", only.join(","))])
+        .args(["--", "head", "-c", "4"])
+        .arg(range)
+        .output()
+        .unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(
+        opened.stdout,
+        b"\x7fELF",
+        "{}",
+        String::from_utf8_lossy(&opened.stderr)
+    );
+}
+
+#[test]
+fn a_pipe_in_place_of_a_library_is_not_opened() {
+    let fake = FakeProc::new();
+    let library = fake.dir.path().join("image/lib/libcuda.so.1");
+    std::fs::remove_file(&library).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &library,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    // The maps name the pipe's own inode, as another user can bring about.
+    fake.put(&rank(100, 50).maps(&["libcuda.so.1"]));
+    let actions = fake.discovery().poll(0);
+    let Action::AttachLibrary(library) = &actions[0] else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(library.path, fake.proc().join("100/map_files/7f00-7f10"));
+}
+
+#[test]
 fn a_failed_attachment_is_offered_again() {
     let fake = FakeProc::new();
     fake.put(&rank(100, 50).maps(&["libcuda.so.1"]));
