@@ -22,6 +22,10 @@ use crate::sources::procs::{CpuTimeReader, ProcessEvent, QuotaReader};
 const DRAIN: Duration = Duration::from_millis(50);
 /// Between two samples of the network, ns.
 const NET_NS: u64 = 200_000_000;
+/// How observations lost on the way to history are named.
+const AGENT: &str = "agent";
+/// Most facts about processes kept from batches that were dropped.
+const MOST_KEPT: usize = 4_096;
 /// Between two looks at the clocks and at what NVML knows of processes, ns.
 const SLOW_NS: u64 = 1_000_000_000;
 
@@ -52,6 +56,8 @@ pub(super) struct Gather {
     net_trouble: Option<String>,
     events_dropped: u64,
     dropped: u64,
+    /// Facts of dropped batches that are told only once; they go with the next batch.
+    kept: Vec<Observation>,
 }
 
 impl Gather {
@@ -69,6 +75,7 @@ impl Gather {
             net_trouble: None,
             events_dropped: 0,
             dropped: 0,
+            kept: Vec::new(),
         }
     }
 
@@ -126,7 +133,11 @@ impl Gather {
     }
 
     fn poll(&mut self, batch: &mut Vec<Observation>) {
-        while let Ok(observation) = self.sources.found.try_recv() {
+        // What waits in the channel is not lost, so discovery is read no further than can be kept.
+        for _ in self.kept.len()..MOST_KEPT {
+            let Ok(observation) = self.sources.found.try_recv() else {
+                break;
+            };
             self.note(&observation);
             batch.push(observation);
         }
@@ -158,7 +169,10 @@ impl Gather {
                 }
             }
             Fact::ProcessGone(key) => {
-                self.traced.remove(&key.pid);
+                // The pid may belong to another process by now, which was told of first.
+                if self.shared.keys().get(&key.pid).is_none_or(|now| now == key) {
+                    self.traced.remove(&key.pid);
+                }
                 self.gpu_processes.remove(key);
                 self.decoder.forget(*key);
                 self.cpu_time.forget(*key);
@@ -205,14 +219,16 @@ impl Gather {
         self.shared.status.lock().set_health("nvml", condition);
     }
 
-    /// Gives the batch to history. When history is behind by all its queue holds, the batch is dropped and counted.
+    /// Gives the batch to history. When history is behind by all its queue holds, the batch is dropped and counted, but
+    /// for what is told only once: without it a process would stay unseen for as long as it lives.
     fn hand_over(&mut self, batch: &mut Vec<Observation>) {
+        batch.append(&mut self.kept);
         if batch.is_empty() {
             return;
         }
         if self.dropped > 0 {
             let fact = Fact::Lost {
-                ring: "agent",
+                ring: AGENT,
                 count: self.dropped,
             };
             batch.push(Observation {
@@ -228,7 +244,12 @@ impl Gather {
         {
             Ok(()) => self.dropped = 0,
             Err(TrySendError::Full(lost)) => {
-                let lost = lost.len() as u64;
+                let (mut kept, mut lost): (Vec<_>, Vec<_>) = lost.into_iter().partition(is_told_once);
+                lost.extend(kept.drain(kept.len().min(2 * MOST_KEPT)..));
+                self.kept = kept;
+                // Losses of this queue itself are not observations, and are counted on.
+                let of_queue = |lost: &&Observation| matches!(lost.fact, Fact::Lost { ring: AGENT, .. });
+                let lost = (lost.len() - lost.iter().filter(of_queue).count()) as u64;
                 self.dropped += lost;
                 self.shared.dropped.fetch_add(lost, Ordering::Relaxed);
             }
@@ -244,5 +265,101 @@ impl Gather {
                 count,
             });
         }
+    }
+}
+
+/// Whether no later observation tells the same. Losses of this queue itself are told anew with every batch.
+fn is_told_once(observation: &Observation) -> bool {
+    match &observation.fact {
+        Fact::Process(_) | Fact::ProcessGone(_) => true,
+        Fact::Lost { ring, .. } => *ring != AGENT,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    fn at(at_ns: u64, fact: Fact) -> Observation {
+        Observation {
+            window: Window::instant(at_ns),
+            fact,
+        }
+    }
+
+    #[test]
+    fn a_process_that_took_a_dead_ones_pid_stays_traced() {
+        let (_facts, found) = sync_channel(1);
+        let (events, _news) = sync_channel(1);
+        let (batches, _history) = sync_channel(1);
+        let sources = Sources {
+            reader: None,
+            nvml: None,
+            net: None,
+            found,
+            events,
+            batches,
+        };
+        let shared = Arc::new(Shared::new("node".to_owned()));
+        let mut gather = Gather::new(Arc::clone(&shared), sources);
+        let [old, new] = [70, 71].map(|start_ticks| ProcessKey { pid: 7, start_ticks });
+        gather.traced.insert(7);
+        shared.set_keys([(7, new)].into());
+        gather.note(&at(1, Fact::ProcessGone(old)));
+        assert!(gather.traced.contains(&7));
+        gather.note(&at(2, Fact::ProcessGone(new)));
+        assert!(gather.traced.is_empty());
+    }
+
+    #[test]
+    fn what_is_told_once_outlives_a_full_queue() {
+        let (facts, found) = sync_channel(8);
+        let (events, _news) = sync_channel(8);
+        let (batches, history) = sync_channel(1);
+        let sources = Sources {
+            reader: None,
+            nvml: None,
+            net: None,
+            found,
+            events,
+            batches,
+        };
+        let mut gather = Gather::new(Arc::new(Shared::new("node".to_owned())), sources);
+        let clock = || at(1, Fact::RealtimeOffset { ns: 0 });
+        gather.hand_over(&mut vec![clock()]);
+        let process = ProcessKey {
+            pid: 7,
+            start_ticks: 70,
+        };
+        let lost = at(
+            2,
+            Fact::Lost {
+                ring: "nccl",
+                count: 5,
+            },
+        );
+        facts.send(at(3, Fact::ProcessGone(process))).unwrap();
+        let mut batch = vec![lost.clone(), clock(), clock()];
+        batch.extend(gather.sources.found.try_iter());
+        gather.hand_over(&mut batch);
+        gather.hand_over(&mut vec![clock()]);
+        assert_eq!(history.try_iter().count(), 1, "the queue was full");
+        gather.hand_over(&mut vec![clock()]);
+        let told: Vec<Observation> = history.try_iter().flatten().collect();
+        let once: Vec<_> = told
+            .iter()
+            .filter(|observation| is_told_once(observation))
+            .collect();
+        assert_eq!(once, [&lost, &at(3, Fact::ProcessGone(process))]);
+        let dropped = told.iter().find_map(|observation| match observation.fact {
+            Fact::Lost { ring: AGENT, count } => Some(count),
+            _ => None,
+        });
+        assert_eq!(dropped, Some(3), "two of the first batch, one of the second");
     }
 }

@@ -250,7 +250,10 @@ impl Timeline {
         events.push(Event::Gap(RecordGap {
             node: self.node.clone(),
             window: self.realtime(window),
-            what: format!("the kernel's {ring} ring was full: records of calls are missing"),
+            what: match ring {
+                "agent" => "the agent was behind by all its queue holds: observations are missing".to_owned(),
+                ring => format!("the kernel's {ring} ring was full: records of calls are missing"),
+            },
             count,
         }));
     }
