@@ -5,7 +5,9 @@ mod common;
 
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
-use stallscope_proto::convert::{KnownSubjects, Payload, Record, SubjectEntry, SubjectNumbers, WireError};
+use stallscope_proto::convert::{
+    KnownSubjects, MAX_SUBJECTS, Payload, Record, SubjectEntry, SubjectNumbers, WireError,
+};
 use stallscope_proto::frame::{self, Decoder, FrameError};
 use stallscope_proto::v1;
 
@@ -144,6 +146,39 @@ fn a_subject_number_never_changes_hands() {
         Err(WireError::Subject { id: 0, .. })
     ));
     assert_eq!(known.get(1), Some(&entry));
+}
+
+#[test]
+fn an_agent_never_runs_out_of_numbers_and_its_reader_keeps_those_in_use() {
+    let subject = |pid: u32| {
+        let mut subject = common::subject();
+        subject.pid = pid;
+        subject
+    };
+    let mut numbers = SubjectNumbers::default();
+    let mut known = KnownSubjects::default();
+    let mut announce = |pid: u32, numbers: &mut SubjectNumbers| {
+        let (id, is_new) = numbers.number(&subject(pid)).expect("a number");
+        if is_new {
+            let entry = SubjectEntry {
+                subject: subject(pid),
+                job_kind: String::new(),
+            };
+            known.announce(id, entry).unwrap();
+        }
+        assert_eq!(known.get(id).map(|entry| entry.subject.pid), Some(pid));
+        id
+    };
+    // One process runs all the time, and in every segment a thousand others begin and end.
+    let first = announce(1, &mut numbers);
+    for segment in 0..6 {
+        for other in 0..1_000 {
+            announce(2 + segment * 1_000 + other, &mut numbers);
+        }
+        assert_eq!(announce(1, &mut numbers), first, "it is in use");
+        numbers.forget_announcements();
+    }
+    assert_eq!(known.iter().count(), MAX_SUBJECTS);
 }
 
 #[test]

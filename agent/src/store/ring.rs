@@ -57,9 +57,11 @@ pub enum AppendError {
     /// It does not fit a frame.
     #[error("a message cannot be framed: {0}")]
     Frame(#[from] frame::FrameError),
-    /// This run of the agent has announced as many subjects as it may.
+    /// A segment names as many subjects as it may.
     #[error(
-        "too many processes used GPUs since the agent started: history of new ones is lost, restart the agent"
+        "more than {} processes used GPUs within one segment of the store: history of further ones is lost until the \
+         next segment begins",
+        stallscope_proto::convert::MAX_SUBJECTS
     )]
     TooManySubjects,
 }
@@ -94,6 +96,8 @@ struct Inner {
     segment_bytes: u64,
     acked: u64,
     dropped_unacked: u64,
+    /// Up to here what damage cost is counted.
+    damaged_to: u64,
     /// Where the last read ended: message after which, segment, byte.
     cursor: Option<(u64, u64, u64)>,
 }
@@ -138,6 +142,7 @@ impl Ring {
             segment_bytes: (max_bytes / SEGMENTS).clamp(LEAST_SEGMENT_BYTES, MOST_SEGMENT_BYTES),
             acked: acknowledged.first().copied().unwrap_or(0).min(next_sequence - 1),
             dropped_unacked: acknowledged.get(1).copied().unwrap_or(0),
+            damaged_to: 0,
             cursor: None,
         };
         let ring = Self {
@@ -376,7 +381,10 @@ impl Inner {
             while found.len() < max_messages && bytes < max_bytes && number < end {
                 let Next::Message(body) = messages.next().map_err(failed)? else {
                     // Damaged: what is left of this segment cannot be had.
-                    self.dropped_unacked += end - number.max(self.acked + 1).min(end);
+                    // Every further read meets the same damage.
+                    let counted = self.acked.max(self.damaged_to);
+                    self.dropped_unacked += end - number.max(counted + 1).min(end);
+                    self.damaged_to = self.damaged_to.max(end - 1);
                     number = end;
                     break;
                 };

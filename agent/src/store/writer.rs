@@ -65,7 +65,8 @@ impl Writer {
                 return Written::Yes;
             }
             Event::Gone { subject } => {
-                self.kinds.remove(&**subject);
+                // What was known of it at first is a subject of its own.
+                self.kinds.retain(|known, _| known.pid != subject.pid);
                 return Written::Yes;
             }
             Event::Step { subject, step } => self.of_subject(subject, |subject| Payload::Step {

@@ -7,7 +7,7 @@ use stallscope_attribution::facts::GpuSubject;
 use super::{WireError, name, text_of};
 use crate::v1;
 
-/// Most subjects one boot of an agent may announce.
+/// Most subjects that one boot of an agent may use within a segment of its store, and that a reader remembers of it.
 pub const MAX_SUBJECTS: usize = 4096;
 
 impl v1::GpuSubject {
@@ -62,10 +62,14 @@ pub struct SubjectEntry {
 }
 
 /// The writing side: gives each subject its number and says when it must be announced.
+///
+/// A subject that is not used all through a segment loses its number, and gets another when it comes back: an agent may
+/// run for years and see any number of processes.
 #[derive(Debug, Default)]
 pub struct SubjectNumbers {
     numbers: BTreeMap<GpuSubject, u32>,
     announced: BTreeSet<u32>,
+    last: u32,
 }
 
 impl SubjectNumbers {
@@ -76,9 +80,9 @@ impl SubjectNumbers {
             Some(id) => *id,
             None if self.numbers.len() >= MAX_SUBJECTS => return None,
             None => {
-                let id = u32::try_from(self.numbers.len()).ok()? + 1;
-                self.numbers.insert(subject.clone(), id);
-                id
+                self.last = self.last.checked_add(1)?;
+                self.numbers.insert(subject.clone(), self.last);
+                self.last
             }
         };
         Some((id, self.announced.insert(id)))
@@ -86,21 +90,28 @@ impl SubjectNumbers {
 
     /// Makes every subject be announced again: a new segment begins, whose readers know none.
     pub fn forget_announcements(&mut self) {
-        self.announced.clear();
+        let announced = std::mem::take(&mut self.announced);
+        if announced.is_empty() {
+            // A segment that could not be begun yet.
+            return;
+        }
+        self.numbers.retain(|_, id| announced.contains(id));
     }
 }
 
-/// The reading side: the subjects one boot of an agent announced.
+/// The reading side: the subjects one boot of an agent announced; of more than [`MAX_SUBJECTS`] those announced last.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct KnownSubjects {
-    entries: BTreeMap<u32, SubjectEntry>,
+    /// With the count of announcements at which it was announced last.
+    entries: BTreeMap<u32, (u64, SubjectEntry)>,
+    announcements: u64,
 }
 
 impl KnownSubjects {
     /// Takes an announcement; one told before may be told again.
     ///
     /// # Errors
-    /// When the number is 0, belongs to another subject, or too many were announced.
+    /// When the number is 0 or belongs to another subject.
     pub fn announce(&mut self, id: u32, entry: SubjectEntry) -> Result<(), WireError> {
         if id == 0 {
             return Err(WireError::Subject {
@@ -108,33 +119,37 @@ impl KnownSubjects {
                 why: "numbers start at 1",
             });
         }
-        match self.entries.get(&id) {
-            Some(known) if known.subject != entry.subject => {
-                return Err(WireError::Subject {
-                    id,
-                    why: "the number belongs to another subject",
-                });
-            }
-            None if self.entries.len() >= MAX_SUBJECTS => {
-                return Err(WireError::Subject {
-                    id,
-                    why: "too many subjects",
-                });
-            }
-            Some(_) | None => {}
+        let known = self.entries.get(&id);
+        if known.is_some_and(|(_, known)| known.subject != entry.subject) {
+            return Err(WireError::Subject {
+                id,
+                why: "the number belongs to another subject",
+            });
         }
-        self.entries.insert(id, entry);
+        if known.is_none() && self.entries.len() >= MAX_SUBJECTS {
+            self.forget_oldest();
+        }
+        self.announcements += 1;
+        self.entries.insert(id, (self.announcements, entry));
         Ok(())
+    }
+
+    /// A segment announces what it uses, so what was announced longest ago is used no more.
+    fn forget_oldest(&mut self) {
+        let oldest = self.entries.iter().min_by_key(|(_, (at, _))| *at);
+        if let Some(id) = oldest.map(|(id, _)| *id) {
+            self.entries.remove(&id);
+        }
     }
 
     /// All of them, by number.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &SubjectEntry)> {
-        self.entries.iter().map(|(id, entry)| (*id, entry))
+        self.entries.iter().map(|(id, (_, entry))| (*id, entry))
     }
 
     /// The subject of that number, if it was announced.
     #[must_use]
     pub fn get(&self, id: u32) -> Option<&SubjectEntry> {
-        self.entries.get(&id)
+        self.entries.get(&id).map(|(_, entry)| entry)
     }
 }
