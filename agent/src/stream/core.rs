@@ -93,6 +93,8 @@ pub struct StreamCounts {
     pub acked_messages: u64,
     /// Messages longer than the collector takes: never sent.
     pub oversize_messages: u64,
+    /// Messages recorded when the node had another name: never sent.
+    pub renamed_messages: u64,
     /// Reads of the spool that failed; each is tried again.
     pub spool_errors: u64,
 }
@@ -241,7 +243,14 @@ impl Core {
         let may_send = streaming.cursor < last_seq && (room > 0 || streaming.in_flight.is_empty());
         if may_send
             && now_ns >= streaming.next_batch_ns
-            && let Some(frame) = next_batch(streaming, &pace, &mut self.counts, now_ns, spool)
+            && let Some(frame) = next_batch(
+                streaming,
+                &self.sender.node,
+                &pace,
+                &mut self.counts,
+                now_ns,
+                spool,
+            )
         {
             return Action::Send(frame);
         }
@@ -386,6 +395,7 @@ impl Core {
 /// The frame of the next batch; `None` when the spool gives nothing to send now.
 fn next_batch(
     streaming: &mut Streaming,
+    node: &str,
     pace: &Pace,
     counts: &mut StreamCounts,
     now_ns: u64,
@@ -408,7 +418,20 @@ fn next_batch(
     };
     let mut batch = v1::Batch::default();
     let mut batch_bytes = 0;
+    let renamed_before = counts.renamed_messages;
     for (sequence, bytes) in messages {
+        // The collector takes a node's messages from nobody else, and would refuse the whole batch each time.
+        if v1::Envelope::decode(bytes.clone()).is_ok_and(|envelope| envelope.node != node) {
+            if counts.renamed_messages == 0 {
+                tracing::warn!(
+                    sequence,
+                    "messages recorded when this node had another name than {node} stay on this node only"
+                );
+            }
+            counts.renamed_messages += 1;
+            streaming.cursor = sequence;
+            continue;
+        }
         if bytes.len() > longest {
             counts.oversize_messages += 1;
             tracing::error!(
@@ -430,7 +453,9 @@ fn next_batch(
     }
     if batch.envelopes.is_empty() {
         // The newest messages can be damaged on disk: asking again at once would give the same.
-        streaming.next_batch_ns = now_ns + pace.backoff_min_ns;
+        if counts.renamed_messages == renamed_before {
+            streaming.next_batch_ns = now_ns + pace.backoff_min_ns;
+        }
         return None;
     }
     counts.sent_messages += batch.envelopes.len() as u64;

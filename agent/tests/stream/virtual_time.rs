@@ -53,6 +53,10 @@ impl ModelCollector {
     }
 
     fn store(&mut self, envelope: &v1::Envelope) -> u64 {
+        assert_eq!(
+            envelope.node, NODE,
+            "the collector refuses a batch that names another node"
+        );
         let (boot, sequence) = (envelope.agent_boot_id, envelope.sequence);
         let index = self
             .boots
@@ -403,4 +407,21 @@ proptest! {
         world.pass(300_000 * MS);
         world.assert_complete();
     }
+}
+
+#[test]
+fn a_node_that_was_renamed_streams_what_it_records_under_its_new_name() {
+    let mut world = World::new();
+    for _ in 0..3_000 {
+        world.spool.append("localhost", 7);
+    }
+    world.append();
+    world.append();
+    world.pass(5_000 * MS);
+    assert_eq!(world.core.counts().renamed_messages, 3_000);
+    assert_eq!(
+        world.collector.stored,
+        BTreeMap::from([((1, 3_001), 1), ((1, 3_002), 1)])
+    );
+    assert!(world.core.is_drained(&world.spool));
 }
