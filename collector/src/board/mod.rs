@@ -112,6 +112,7 @@ impl Board {
             payload,
             ..
         } = record;
+        speaks_of(&node_name, &payload)?;
         let Some(node) = self.nodes.get_mut(&node_name) else {
             return Ok(());
         };
@@ -298,6 +299,23 @@ impl Board {
     pub const fn entries(&self) -> usize {
         self.entries
     }
+}
+
+/// An agent knows its own node alone: what it says of another could accuse it.
+fn speaks_of(node: &str, payload: &Payload) -> Result<(), WireError> {
+    let (field, named) = match payload {
+        Payload::Subject { entry, .. } => ("subject.node", &entry.subject.node),
+        Payload::Port(port) => ("port.node", &port.node),
+        Payload::Gap(gap) => ("gap.node", &gap.node),
+        Payload::Step { .. } | Payload::Span { .. } => return Ok(()),
+    };
+    if named == node {
+        return Ok(());
+    }
+    Err(WireError::Name {
+        field,
+        why: "another node's, and an agent speaks of its own",
+    })
 }
 
 /// `CLOCK_REALTIME` of a monotonic time; saturates instead of wrapping on invented clocks.

@@ -345,3 +345,33 @@ fn a_board_read_back_from_states_and_messages_is_the_same() {
     assert_eq!(facts.gpus[0].steps.len(), 2);
     assert_eq!(facts.gaps, [], "what an older segment held is no hole");
 }
+
+#[test]
+fn an_agent_cannot_speak_of_another_node() {
+    let mut board = Board::default();
+    let mut honest = agent(&mut board, "n0", 1);
+    honest.announce(1, subject("n0", 0, 10));
+    honest.steps(1, 0..3);
+    let mut liar = agent(&mut board, "n1", 2);
+    liar.announce(1, subject("n0", 0, 11));
+    liar.steps(1, 10..20);
+    liar.say(Payload::Gap(stallscope_attribution::facts::RecordGap {
+        node: "n0".into(),
+        window: None,
+        what: "invented".into(),
+        count: 1,
+    }));
+    assert_eq!(board.refused_messages(), 12);
+    let facts = board.facts("job", 0, OFFSET as u64).unwrap();
+    let ranks: Vec<_> = facts
+        .gpus
+        .iter()
+        .map(|gpu| (gpu.subject.node.as_str(), gpu.subject.pid, gpu.steps.len()))
+        .collect();
+    assert_eq!(ranks, [("n0", 10, 3)]);
+    assert!(
+        facts.gaps.iter().all(|gap| gap.what != "invented"),
+        "{:?}",
+        facts.gaps
+    );
+}
