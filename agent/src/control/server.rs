@@ -163,19 +163,25 @@ fn accept(listener: &UnixListener, status: &SharedStatus, stop: &AtomicBool) {
             continue;
         }
         clients.fetch_add(1, Ordering::AcqRel);
-        let (status, served) = (status.clone(), Arc::clone(&clients));
+        let (status, served) = (status.clone(), Served(Arc::clone(&clients)));
         let serve = move || {
+            let _served = served;
             // A client that goes away or sends nothing useful is its own problem.
             let _ = serve(&client, &status);
-            served.fetch_sub(1, Ordering::AcqRel);
         };
-        if std::thread::Builder::new()
+        // Without a thread the client is dropped, and its place with it.
+        let _ = std::thread::Builder::new()
             .name("control-client".to_owned())
-            .spawn(serve)
-            .is_err()
-        {
-            clients.fetch_sub(1, Ordering::AcqRel);
-        }
+            .spawn(serve);
+    }
+}
+
+/// A client's place among those served at once: given back however serving ends.
+struct Served(Arc<AtomicU32>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

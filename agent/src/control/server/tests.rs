@@ -274,3 +274,15 @@ fn an_answer_that_breaks_off_or_makes_no_sense_is_an_error() {
         thread.join().unwrap();
     }
 }
+
+#[test]
+fn a_client_whose_serving_panics_gives_its_place_back() {
+    let clients = Arc::new(AtomicU32::new(1));
+    let served = Served(Arc::clone(&clients));
+    let serving = std::thread::spawn(move || {
+        let _served = served;
+        panic!("as a defect in an answer would");
+    });
+    assert!(serving.join().is_err());
+    assert_eq!(clients.load(Ordering::Acquire), 0);
+}
