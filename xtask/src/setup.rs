@@ -65,6 +65,7 @@ impl Missing {
     fn commands(&self, paths: &Paths) -> Vec<String> {
         let mut lines = Vec::new();
         if !self.packages.is_empty() {
+            lines.push(shell::line(&apt::update_command()));
             lines.push(shell::line(&apt::install_command(&self.packages)));
         }
         if !self.components.is_empty() {
@@ -113,8 +114,8 @@ pub fn ensure(paths: &Paths, scope: Scope) -> Result<()> {
     if !missing.is_empty() {
         if !may_install()? {
             bail!(
-                "this is not Debian as root, so nothing was installed; these commands do it on Debian 12, use \
-                 your system's names elsewhere:\n  {}",
+                "this is not Debian as root, so nothing was installed; these commands do it as root on Debian 12, \
+                 use your system's names elsewhere:\n  {}",
                 missing.commands(paths).join("\n  ")
             );
         }

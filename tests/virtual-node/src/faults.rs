@@ -1,5 +1,6 @@
 //! Faults: switched on at their onset and off at their end, at their place, and noted with the exact times.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering::SeqCst;
@@ -15,7 +16,7 @@ use virtual_node_state::power::REFERENCE_MHZ;
 
 use crate::plan::Plan;
 use crate::run::{Gpus, emit, node_env};
-use crate::scenario::{Fault, FaultKind};
+use crate::scenario::{Fault, FaultKind, Job};
 use crate::topology::{Topology, command};
 
 /// Temperatures of a healthy and of an overheated GPU, degrees Celsius.
@@ -23,6 +24,8 @@ const COOL_C: u32 = 58;
 const HOT_C: u32 = 89;
 /// Cost of a launch beyond what the host is told to spend, ns.
 const CALL_NS: f64 = 2_000.0;
+/// Reads may miss their time by this share.
+const READ_TOLERANCE: f64 = 0.03;
 
 /// A fault and when it was in force, ns of `CLOCK_MONOTONIC`.
 #[derive(Debug)]
@@ -33,6 +36,8 @@ pub(crate) struct Switch {
     pub(crate) on_unix_ns: u64,
     pub(crate) off_unix_ns: u64,
     tenants: Vec<Child>,
+    /// Read limits in force, bytes per second by rank.
+    read_limits: BTreeMap<u32, u64>,
 }
 
 /// What faults work on.
@@ -52,6 +57,7 @@ impl Switch {
             on_unix_ns: 0,
             off_unix_ns: 0,
             tenants: Vec::new(),
+            read_limits: BTreeMap::new(),
         };
         let faults = plan.scenario.fault.iter();
         faults
@@ -71,7 +77,30 @@ impl Switch {
         if self.off_ns.is_none() && end_s.is_some_and(due) {
             self.set(scene, false)?;
         }
+        self.correct_reads(scene)
+    }
+
+    /// Brings reads to the time the dose asks for. The kernel's throttle lends a group up to a slice of its rate after
+    /// each pause, and how much differs between kernels, so the limit alone would be a smaller dose.
+    fn correct_reads(&mut self, scene: &Scene<'_>) -> anyhow::Result<()> {
+        let job = &scene.plan.scenario.job;
+        // Its workers share the group's rate.
+        let wanted_ns = self.read_s(job) * f64::from(job.workers) * 1e9;
+        for (rank, limit) in &mut self.read_limits {
+            let took_ns = scene.control.ranks[*rank as usize].read_ns.swap(0, SeqCst) as f64;
+            let ratio = took_ns / wanted_ns;
+            if took_ns > 0.0 && (ratio - 1.0).abs() > READ_TOLERANCE {
+                *limit = corrected(*limit, ratio);
+                throttle(scene, *rank, Transfer::Read, Some(*limit))?;
+            }
+        }
         Ok(())
+    }
+
+    /// Time between batches that is left for reading, s: a worker reads, then decodes.
+    fn read_s(&self, job: &Job) -> f64 {
+        let decode_s = job.decode_ms / 1e3 / f64::from(job.workers);
+        (self.fault.amount(job) / 100.0 * job.step_s() - decode_s).max(0.001)
     }
 
     /// Switches off at the end of the run, if it is still on.
@@ -115,13 +144,15 @@ impl Switch {
                     .for_each(|rank| knobs(rank).decode_ppm.store(ppm, SeqCst));
             }
             FaultKind::Storage => {
-                // A worker reads, then decodes: what is left of the time between batches goes to reading.
-                let decode_s = job.decode_ms / 1e3 / f64::from(job.workers);
-                let read_s = (amount / 100.0 * job.step_s() - decode_s).max(0.001);
-                let bytes_per_s = job.sample_bytes() as f64 / read_s;
+                let bytes_per_s = (job.sample_bytes() as f64 / self.read_s(job)) as u64;
+                self.read_limits.clear();
                 for rank in &ranks {
-                    throttle(scene, *rank, Transfer::Read, on.then_some(bytes_per_s as u64))?;
+                    throttle(scene, *rank, Transfer::Read, on.then_some(bytes_per_s))?;
+                    knobs(rank).read_ns.store(0, SeqCst);
                     knobs(rank).cold_reads.store(u32::from(on), SeqCst);
+                    if on {
+                        self.read_limits.insert(*rank, bytes_per_s);
+                    }
                 }
             }
             FaultKind::Launch => {
@@ -196,6 +227,11 @@ impl Drop for Switch {
     }
 }
 
+/// A limit for reads that took `ratio` of the wanted time: half the way, as one batch alone says little.
+fn corrected(bytes_per_s: u64, ratio: f64) -> u64 {
+    (bytes_per_s as f64 * f64::midpoint(1.0, ratio.clamp(0.5, 2.0))).max(4_096.0) as u64
+}
+
 /// Limits a rank's rate on the dataset's disk; `None` lifts the limit.
 fn throttle(scene: &Scene<'_>, rank: u32, way: Transfer, bytes_per_s: Option<u64>) -> anyhow::Result<()> {
     let group = scene.plan.rank_cgroup(rank);
@@ -251,4 +287,23 @@ fn tenant(plan: &Plan, rank: u32, share_percent: f64) -> anyhow::Result<Child> {
         .env("STALLSCOPE_JOB_KIND", "other");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     command.spawn().context("failed to start the other job")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk whose throttle lends 42 ms of the rate with each read of 2 MiB.
+    #[test]
+    fn limits_come_to_the_wanted_time_on_a_throttle_that_lends() {
+        let (bytes, wanted_s) = (f64::from(2 << 20), 0.362);
+        let mut limit = (bytes / wanted_s) as u64;
+        let took_s = |limit: u64| bytes / limit as f64 - 0.042;
+        assert!(took_s(limit) < wanted_s * 0.9);
+        for _ in 0..8 {
+            limit = corrected(limit, took_s(limit) / wanted_s);
+        }
+        assert!((took_s(limit) / wanted_s - 1.0).abs() < READ_TOLERANCE, "{limit}");
+        assert!(corrected(1, 0.0) >= 4_096, "a limit of 0 would be none");
+    }
 }

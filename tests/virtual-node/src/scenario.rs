@@ -56,6 +56,8 @@ pub(crate) struct Job {
     pub(crate) optimiser_kernels: u32,
     /// Host processor time of one launch.
     pub(crate) launch_us: f64,
+    /// Whether the host replays CUDA graphs instead of launching kernel by kernel.
+    pub(crate) graphs: bool,
     pub(crate) gradient_mib: u64,
     pub(crate) buckets: u32,
     /// Data-loader processes of each rank.
@@ -85,6 +87,7 @@ impl Default for Job {
             backward_kernels: 120,
             optimiser_kernels: 8,
             launch_us: 12.0,
+            graphs: false,
             gradient_mib: 12,
             buckets: 4,
             workers: 1,
@@ -290,6 +293,10 @@ impl Scenario {
 
     fn check(&self) -> anyhow::Result<()> {
         let (topology, job) = (&self.topology, &self.job);
+        ensure!(
+            !job.graphs || self.fault.iter().all(|fault| fault.name != FaultKind::Launch),
+            "a job that replays graphs is not slowed by launches: set job.graphs = false"
+        );
         ensure!((1..=8).contains(&topology.nodes), "topology.nodes must be 1 to 8");
         ensure!(
             (1..=8).contains(&topology.gpus_per_node),

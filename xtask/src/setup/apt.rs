@@ -85,6 +85,13 @@ fn installed(listing: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// The command that brings the lists of packages up to date: a fresh system has none.
+pub(super) fn update_command() -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(["update", "--quiet=2"]);
+    command
+}
+
 /// The command that installs packages, and removes none to get there.
 pub(super) fn install_command(packages: &[&str]) -> Command {
     let mut command = Command::new("apt-get");
@@ -105,7 +112,7 @@ pub(super) fn install_command(packages: &[&str]) -> Command {
 pub(super) fn install(packages: &[&str]) -> Result<()> {
     eprintln!("setup: installing {}", packages.join(" "));
     if !without_candidate(packages)?.is_empty() || !lists_are_fresh() {
-        shell::run(Command::new("apt-get").args(["update", "--quiet=2"]))?;
+        shell::run(&mut update_command())?;
     }
     let unknown = without_candidate(packages)?;
     if !unknown.is_empty() {

@@ -2,6 +2,7 @@
 
 mod common;
 mod device;
+mod graph;
 mod memory;
 mod module;
 mod stream;
@@ -41,6 +42,14 @@ fn describe(status: Status) -> (&'static CStr, &'static CStr) {
         NOT_FOUND => (c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"),
         NOT_READY => (c"CUDA_ERROR_NOT_READY", c"device not ready"),
         NOT_SUPPORTED => (c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"),
+        CAPTURE_UNSUPPORTED => (
+            c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+            c"operation not permitted when stream is capturing",
+        ),
+        CAPTURE_UNMATCHED => (
+            c"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED",
+            c"the capture was not initiated in this stream",
+        ),
         _ => (c"CUDA_ERROR_UNKNOWN", c"unknown error"),
     }
 }
@@ -76,7 +85,7 @@ unsafe extern "C" fn virtualGpuEnqueueCollective(stream: Handle, collective: *co
     }
     // SAFETY: not null, and the caller passes a live `Collective`.
     let collective = unsafe { *collective };
-    on_stream(stream, |stream| engine().collective(stream, collective))
+    on_running_stream(stream, |stream| engine().collective(stream, collective))
 }
 
 /// For the communication library beside this one: says how a collective ended. Not a CUDA function.

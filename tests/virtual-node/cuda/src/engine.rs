@@ -4,6 +4,7 @@
 //! can be *committed* (timed, logged, added to the activity) shortly before it begins. One thread per
 //! process wakes when the next operation comes within reach; whoever waits for a stream sleeps until its computed end.
 
+mod capture;
 mod schedule;
 
 use std::ffi::c_void;
@@ -19,6 +20,8 @@ use virtual_node_state::log::{Kind, Writer};
 use virtual_node_state::map::Shared;
 
 use crate::module::KernelSpec;
+pub(crate) use capture::Graph;
+use capture::Node;
 use schedule::{Device, Event, Op, QUEUE_LIMIT, State, Stream, Work};
 
 /// What the communication library asks the GPU to run.
@@ -213,6 +216,12 @@ impl Engine {
         let Some(Some(found)) = state.streams.get_mut(stream) else {
             return false;
         };
+        if let Some(captured) = &mut found.capture {
+            let node = Node::of(work);
+            let recordable = node.is_some();
+            captured.extend(node);
+            return recordable;
+        }
         found.queue.push_back(Op {
             work,
             enqueued_ns: now,

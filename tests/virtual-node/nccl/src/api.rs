@@ -10,14 +10,14 @@ use crate::bootstrap::{UniqueId, start_root};
 use crate::comm::Comm;
 use crate::proxy::{Pattern, PeerOp, Work, submit};
 
-type Status = c_int;
-type Handle = *mut c_void;
+pub(crate) type Status = c_int;
+pub(crate) type Handle = *mut c_void;
 
-const SUCCESS: Status = 0;
-const UNHANDLED_CUDA: Status = 1;
+pub(crate) const SUCCESS: Status = 0;
+pub(crate) const UNHANDLED_CUDA: Status = 1;
 const SYSTEM_ERROR: Status = 2;
-const INVALID_ARGUMENT: Status = 4;
-const INVALID_USAGE: Status = 5;
+pub(crate) const INVALID_ARGUMENT: Status = 4;
+pub(crate) const INVALID_USAGE: Status = 5;
 
 /// 2.27.5, in NCCL's way of counting.
 const VERSION: c_int = 22_705;
@@ -37,7 +37,7 @@ fn register(comm: Arc<Comm>) -> Handle {
     handle
 }
 
-fn find(comm: Handle) -> Option<Arc<Comm>> {
+pub(crate) fn find(comm: Handle) -> Option<Arc<Comm>> {
     table().get(&(comm as usize)).cloned()
 }
 
@@ -139,7 +139,7 @@ fn node_of(comm: &Comm, rank: c_int) -> Result<usize, Status> {
 ///
 /// # Safety
 /// `to` is null or valid for a write of `T`.
-unsafe fn put<T>(to: *mut T, value: T) -> Status {
+pub(crate) unsafe fn put<T>(to: *mut T, value: T) -> Status {
     if to.is_null() {
         return INVALID_ARGUMENT;
     }
@@ -149,13 +149,13 @@ unsafe fn put<T>(to: *mut T, value: T) -> Status {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclGetVersion(version: *mut c_int) -> Status {
+pub(crate) unsafe extern "C" fn ncclGetVersion(version: *mut c_int) -> Status {
     // SAFETY: the caller's out-pointer.
     unsafe { put(version, VERSION) }
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclGetUniqueId(id: *mut UniqueId) -> Status {
+pub(crate) unsafe extern "C" fn ncclGetUniqueId(id: *mut UniqueId) -> Status {
     match start_root() {
         // SAFETY: the caller's out-pointer.
         Ok(made) => unsafe { put(id, made) },
@@ -180,13 +180,18 @@ unsafe fn init(comm: *mut Handle, ranks: c_int, id: &UniqueId, rank: c_int) -> S
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommInitRank(comm: *mut Handle, ranks: c_int, id: UniqueId, rank: c_int) -> Status {
+pub(crate) unsafe extern "C" fn ncclCommInitRank(
+    comm: *mut Handle,
+    ranks: c_int,
+    id: UniqueId,
+    rank: c_int,
+) -> Status {
     // SAFETY: the caller's out-pointer.
     unsafe { init(comm, ranks, &id, rank) }
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommInitRankConfig(
+pub(crate) unsafe extern "C" fn ncclCommInitRankConfig(
     comm: *mut Handle,
     ranks: c_int,
     id: UniqueId,
@@ -198,7 +203,7 @@ unsafe extern "C" fn ncclCommInitRankConfig(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommInitRankScalable(
+pub(crate) unsafe extern "C" fn ncclCommInitRankScalable(
     comm: *mut Handle,
     ranks: c_int,
     rank: c_int,
@@ -214,7 +219,11 @@ unsafe extern "C" fn ncclCommInitRankScalable(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommInitAll(comms: *mut Handle, devices: c_int, _list: *const c_int) -> Status {
+pub(crate) unsafe extern "C" fn ncclCommInitAll(
+    comms: *mut Handle,
+    devices: c_int,
+    _list: *const c_int,
+) -> Status {
     // One process driving one GPU is all this library needs to offer; more would need a thread per rank.
     if devices != 1 {
         return INVALID_USAGE;
@@ -225,7 +234,7 @@ unsafe extern "C" fn ncclCommInitAll(comms: *mut Handle, devices: c_int, _list: 
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommSplit(
+pub(crate) unsafe extern "C" fn ncclCommSplit(
     comm: Handle,
     color: c_int,
     key: c_int,
@@ -243,7 +252,7 @@ unsafe extern "C" fn ncclCommSplit(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommShrink(
+pub(crate) unsafe extern "C" fn ncclCommShrink(
     comm: Handle,
     excluded: *const c_int,
     count: c_int,
@@ -267,7 +276,7 @@ unsafe extern "C" fn ncclCommShrink(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclCommFinalize(comm: Handle) -> Status {
+pub(crate) extern "C" fn ncclCommFinalize(comm: Handle) -> Status {
     if find(comm).is_some() {
         SUCCESS
     } else {
@@ -284,17 +293,17 @@ fn take_down(comm: Handle, abort: bool) -> Status {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclCommDestroy(comm: Handle) -> Status {
+pub(crate) extern "C" fn ncclCommDestroy(comm: Handle) -> Status {
     take_down(comm, false)
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclCommAbort(comm: Handle) -> Status {
+pub(crate) extern "C" fn ncclCommAbort(comm: Handle) -> Status {
     take_down(comm, true)
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn ncclCommGetAsyncError(comm: Handle, status: *mut Status) -> Status {
+pub(crate) unsafe extern "C" fn ncclCommGetAsyncError(comm: Handle, status: *mut Status) -> Status {
     if find(comm).is_none() {
         return INVALID_ARGUMENT;
     }
@@ -311,22 +320,22 @@ fn ask(comm: Handle, to: *mut c_int, what: impl FnOnce(&Comm) -> i32) -> Status 
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclCommCount(comm: Handle, count: *mut c_int) -> Status {
+pub(crate) extern "C" fn ncclCommCount(comm: Handle, count: *mut c_int) -> Status {
     ask(comm, count, |comm| comm.ranks.cast_signed())
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclCommCuDevice(comm: Handle, device: *mut c_int) -> Status {
+pub(crate) extern "C" fn ncclCommCuDevice(comm: Handle, device: *mut c_int) -> Status {
     ask(comm, device, |comm| comm.device)
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclCommUserRank(comm: Handle, rank: *mut c_int) -> Status {
+pub(crate) extern "C" fn ncclCommUserRank(comm: Handle, rank: *mut c_int) -> Status {
     ask(comm, rank, |comm| comm.rank.cast_signed())
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclAllReduce(
+pub(crate) extern "C" fn ncclAllReduce(
     _send: *const c_void,
     _receive: *mut c_void,
     count: usize,
@@ -341,7 +350,7 @@ extern "C" fn ncclAllReduce(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclAllGather(
+pub(crate) extern "C" fn ncclAllGather(
     _send: *const c_void,
     _receive: *mut c_void,
     count: usize,
@@ -359,7 +368,7 @@ extern "C" fn ncclAllGather(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclReduceScatter(
+pub(crate) extern "C" fn ncclReduceScatter(
     _send: *const c_void,
     _receive: *mut c_void,
     count: usize,
@@ -389,7 +398,7 @@ fn broadcast(count: usize, datatype: c_int, root: c_int, comm: Handle, stream: H
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclBroadcast(
+pub(crate) extern "C" fn ncclBroadcast(
     _send: *const c_void,
     _receive: *mut c_void,
     count: usize,
@@ -402,7 +411,7 @@ extern "C" fn ncclBroadcast(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclBcast(
+pub(crate) extern "C" fn ncclBcast(
     _buffer: *mut c_void,
     count: usize,
     datatype: c_int,
@@ -414,7 +423,7 @@ extern "C" fn ncclBcast(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclReduce(
+pub(crate) extern "C" fn ncclReduce(
     _send: *const c_void,
     _receive: *mut c_void,
     count: usize,
@@ -457,7 +466,7 @@ fn point_to_point(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclSend(
+pub(crate) extern "C" fn ncclSend(
     _buffer: *const c_void,
     count: usize,
     datatype: c_int,
@@ -469,7 +478,7 @@ extern "C" fn ncclSend(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclRecv(
+pub(crate) extern "C" fn ncclRecv(
     _buffer: *mut c_void,
     count: usize,
     datatype: c_int,
@@ -481,13 +490,13 @@ extern "C" fn ncclRecv(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclGroupStart() -> Status {
+pub(crate) extern "C" fn ncclGroupStart() -> Status {
     GROUP.with_borrow_mut(|group| group.depth += 1);
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclGroupEnd() -> Status {
+pub(crate) extern "C" fn ncclGroupEnd() -> Status {
     let ready = GROUP.with_borrow_mut(|group| {
         group.depth = group.depth.checked_sub(1)?;
         Some(if group.depth == 0 {
@@ -500,7 +509,7 @@ extern "C" fn ncclGroupEnd() -> Status {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclGetErrorString(status: Status) -> *const c_char {
+pub(crate) extern "C" fn ncclGetErrorString(status: Status) -> *const c_char {
     let text = match status {
         SUCCESS => c"no error",
         UNHANDLED_CUDA => c"unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
@@ -516,6 +525,6 @@ extern "C" fn ncclGetErrorString(status: Status) -> *const c_char {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn ncclGetLastError(_comm: Handle) -> *const c_char {
+pub(crate) extern "C" fn ncclGetLastError(_comm: Handle) -> *const c_char {
     c"".as_ptr()
 }

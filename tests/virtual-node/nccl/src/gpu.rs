@@ -30,11 +30,15 @@ pub(crate) struct End {
 type Enqueue = unsafe extern "C" fn(*mut c_void, *const Kernel) -> c_int;
 type Ended = unsafe extern "C" fn(u64, *const End) -> c_int;
 type CurrentDevice = unsafe extern "C" fn(*mut c_int) -> c_int;
+type Allocate = unsafe extern "C" fn(*mut u64, usize) -> c_int;
+type Free = unsafe extern "C" fn(u64) -> c_int;
 
 struct Driver {
     enqueue: Enqueue,
     ended: Ended,
     current_device: CurrentDevice,
+    allocate: Allocate,
+    free: Free,
 }
 
 fn symbol(library: *mut c_void, name: &CStr) -> Option<*mut c_void> {
@@ -54,12 +58,16 @@ fn driver() -> Option<&'static Driver> {
         let enqueue = symbol(library, c"virtualGpuEnqueueCollective")?;
         let ended = symbol(library, c"virtualGpuCollectiveEnded")?;
         let current_device = symbol(library, c"cuCtxGetDevice")?;
+        let allocate = symbol(library, c"cuMemAlloc_v2")?;
+        let free = symbol(library, c"cuMemFree_v2")?;
         // SAFETY: the stand-in driver exports these with exactly these signatures.
         Some(unsafe {
             Driver {
                 enqueue: std::mem::transmute::<*mut c_void, Enqueue>(enqueue),
                 ended: std::mem::transmute::<*mut c_void, Ended>(ended),
                 current_device: std::mem::transmute::<*mut c_void, CurrentDevice>(current_device),
+                allocate: std::mem::transmute::<*mut c_void, Allocate>(allocate),
+                free: std::mem::transmute::<*mut c_void, Free>(free),
             }
         })
     };
@@ -86,4 +94,18 @@ pub(crate) fn current_device() -> Option<i32> {
     // SAFETY: the out-pointer is a live local.
     let status = unsafe { (driver()?.current_device)(&raw mut device) };
     (status == 0).then_some(device)
+}
+
+/// Device memory; `None` when there is no driver or not enough of it.
+pub(crate) fn allocate(bytes: usize) -> Option<u64> {
+    let mut address = 0;
+    // SAFETY: the out-pointer is a live local.
+    let status = unsafe { (driver()?.allocate)(&raw mut address, bytes) };
+    (status == 0).then_some(address)
+}
+
+/// Gives device memory back; false when it is not the driver's.
+pub(crate) fn free(address: u64) -> bool {
+    // SAFETY: the driver checks the address against what it handed out.
+    driver().is_some_and(|driver| unsafe { (driver.free)(address) } == 0)
 }

@@ -5,7 +5,9 @@
 mod api;
 mod bootstrap;
 mod comm;
+mod extras;
 mod gpu;
 mod local;
+mod profiling;
 mod proxy;
 mod wire;

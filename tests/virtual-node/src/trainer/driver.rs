@@ -58,6 +58,12 @@ bind!(Cuda {
     cuModuleGetFunction: fn(*mut Handle, Handle, *const i8) -> c_int;
     cuLaunchKernel: fn(Handle, u32, u32, u32, u32, u32, u32, u32, Handle, *mut Handle, *mut Handle) -> c_int;
     cuCtxSynchronize: fn() -> c_int;
+    cuStreamBeginCapture_v2: fn(Handle, c_int) -> c_int;
+    cuStreamEndCapture: fn(Handle, *mut Handle) -> c_int;
+    cuGraphInstantiateWithFlags: fn(*mut Handle, Handle, u64) -> c_int;
+    cuGraphDestroy: fn(Handle) -> c_int;
+    cuGraphExecDestroy: fn(Handle) -> c_int;
+    cuGraphLaunch: fn(Handle, Handle) -> c_int;
 });
 
 bind!(Nccl {
@@ -234,6 +240,43 @@ impl Device {
             (self.cuda.cuLaunchKernel)(kernel.0, 264, 1, 1, 256, 1, 1, 0, stream.0, no_args, no_args)
         };
         done(status, "cuLaunchKernel")
+    }
+
+    /// Records what is launched on a stream from now on instead of running it.
+    pub(crate) fn begin_capture(&self, stream: Object) -> anyhow::Result<()> {
+        // SAFETY: a handle made by this library; 1 is CU_STREAM_CAPTURE_MODE_THREAD_LOCAL.
+        let status = unsafe { (self.cuda.cuStreamBeginCapture_v2)(stream.0, 1) };
+        done(status, "cuStreamBeginCapture")
+    }
+
+    /// Ends the recording and makes what was recorded launchable.
+    pub(crate) fn end_capture(&self, stream: Object) -> anyhow::Result<Object> {
+        let (mut graph, mut executable) = (null_mut(), null_mut());
+        // SAFETY: handles made by this library, and out-pointers that are live locals.
+        unsafe {
+            done(
+                (self.cuda.cuStreamEndCapture)(stream.0, &raw mut graph),
+                "cuStreamEndCapture",
+            )?;
+            done(
+                (self.cuda.cuGraphInstantiateWithFlags)(&raw mut executable, graph, 0),
+                "cuGraphInstantiateWithFlags",
+            )?;
+            done((self.cuda.cuGraphDestroy)(graph), "cuGraphDestroy")?;
+        }
+        Ok(Object(executable))
+    }
+
+    pub(crate) fn launch_graph(&self, graph: Object, stream: Object) -> anyhow::Result<()> {
+        // SAFETY: handles made by this library.
+        let status = unsafe { (self.cuda.cuGraphLaunch)(graph.0, stream.0) };
+        done(status, "cuGraphLaunch")
+    }
+
+    pub(crate) fn destroy_graph(&self, graph: Object) -> anyhow::Result<()> {
+        // SAFETY: a handle made by this library, not launched again.
+        let status = unsafe { (self.cuda.cuGraphExecDestroy)(graph.0) };
+        done(status, "cuGraphExecDestroy")
     }
 }
 

@@ -162,8 +162,11 @@ pub(crate) fn run(dir: &Path, rank: u32, worker: u64, workers: u64) -> anyhow::R
     while requests.read(&mut request)? == 1 {
         let (begin_ns, throttled_before) = (now_ns(), throttled_ns());
         let cpu_before = thread_cpu_ns();
-        let (io_ns, read_cpu_ns) =
-            read_sample(&plan.sample(rank, index), knobs.cold_reads.load(Relaxed) != 0)?;
+        let cold = knobs.cold_reads.load(Relaxed) != 0;
+        let (io_ns, read_cpu_ns) = read_sample(&plan.sample(rank, index), cold)?;
+        if cold {
+            knobs.read_ns.store(io_ns + read_cpu_ns, Relaxed);
+        }
         burn(decode_ns * knobs.decode_ppm.load(Relaxed) / PPM);
         let cpu_ns = (thread_cpu_ns() - cpu_before).saturating_sub(read_cpu_ns);
         let throttled_ns = throttled_ns().saturating_sub(throttled_before);

@@ -39,6 +39,8 @@ struct Trainer {
     reduced: Object,
     batch_ready: Object,
     kernels: Kernels,
+    /// Captured runs of launches, where the job replays graphs: pattern, count and graph.
+    graphs: Vec<(Vec<Object>, u32, Object)>,
     staging: Object,
     batch: u64,
     gradients: u64,
@@ -71,6 +73,7 @@ pub(crate) fn run(dir: &Path, rank: u32) -> anyhow::Result<()> {
         reduced: device.event()?,
         batch_ready: device.event()?,
         kernels,
+        graphs: Vec::new(),
         staging: device.allocate_pinned(usize::try_from(job.sample_bytes())?)?,
         batch: device.allocate(usize::try_from(job.sample_bytes())?)?,
         gradients: device.allocate(60 << 30)?,
@@ -169,6 +172,9 @@ impl Trainer {
         let split = self.knobs().launch_split.load(Relaxed).max(1);
         if split != self.kernels.split {
             self.device.synchronize(self.compute)?;
+            for (_, _, graph) in self.graphs.drain(..) {
+                self.device.destroy_graph(graph)?;
+            }
             self.device.unload(self.kernels.module)?;
             self.kernels = Kernels::load(&self.device, &self.plan.scenario.job, split)?;
         }
@@ -183,7 +189,7 @@ impl Trainer {
         self.device.wait(self.compute, self.batch_ready)?;
         self.forward()?;
         self.backward()?;
-        self.launch_run(
+        self.run(
             &[self.kernels.optimiser],
             self.plan.scenario.job.optimiser_kernels,
         )?;
@@ -201,7 +207,7 @@ impl Trainer {
     fn forward(&mut self) -> anyhow::Result<()> {
         // Two matrix products, then a normalisation or activation.
         let (gemm, other) = (self.kernels.forward_gemm, self.kernels.forward_other);
-        self.launch_run(&[gemm, gemm, other], self.plan.scenario.job.forward_kernels)
+        self.run(&[gemm, gemm, other], self.plan.scenario.job.forward_kernels)
     }
 
     fn backward(&mut self) -> anyhow::Result<()> {
@@ -211,7 +217,7 @@ impl Trainer {
         let (gemm, other) = (self.kernels.backward_gemm, self.kernels.backward_other);
         for bucket in 0..buckets {
             let share = kernels * (bucket + 1) / buckets - kernels * bucket / buckets;
-            self.launch_run(&[gemm, gemm, other], share)?;
+            self.run(&[gemm, gemm, other], share)?;
             // The reduction of a bucket overlaps the rest of the backward pass on its own stream.
             let ready = self.bucket_ready[bucket as usize];
             self.device.record(ready, self.compute)?;
@@ -223,12 +229,42 @@ impl Trainer {
         self.device.wait(self.compute, self.reduced)
     }
 
-    /// Launches `count` kernels, each cut into `split`, taking turns through `pattern`.
-    fn launch_run(&mut self, pattern: &[Object], count: u32) -> anyhow::Result<()> {
-        let cost_ns = match self.knobs().launch_cost_ns.load(Relaxed) {
+    /// Runs `count` kernels: launched one by one, or all at once as a graph that is captured the first time.
+    fn run(&mut self, pattern: &[Object], count: u32) -> anyhow::Result<()> {
+        if !self.plan.scenario.job.graphs {
+            return self.launch_run(pattern, count);
+        }
+        let known = self
+            .graphs
+            .iter()
+            .find(|(of, kernels, _)| of == pattern && *kernels == count);
+        let graph = match known {
+            Some((_, _, graph)) => *graph,
+            None => {
+                self.device.begin_capture(self.compute)?;
+                self.launch_run(pattern, count)?;
+                let graph = self.device.end_capture(self.compute)?;
+                self.graphs.push((pattern.to_vec(), count, graph));
+                graph
+            }
+        };
+        let (begin, cpu) = (now_ns(), thread_cpu_ns());
+        burn(self.launch_cost_ns());
+        self.device.launch_graph(graph, self.compute)?;
+        self.span(SpanKind::Launch, begin, [thread_cpu_ns() - cpu, 0, 0])
+    }
+
+    /// Processor time of one launch.
+    fn launch_cost_ns(&self) -> u64 {
+        match self.knobs().launch_cost_ns.load(Relaxed) {
             0 => (self.plan.scenario.job.launch_us * 1e3) as u64,
             cost_ns => cost_ns,
-        };
+        }
+    }
+
+    /// Launches `count` kernels, each cut into `split`, taking turns through `pattern`.
+    fn launch_run(&mut self, pattern: &[Object], count: u32) -> anyhow::Result<()> {
+        let cost_ns = self.launch_cost_ns();
         let split = self.kernels.split;
         let total = count * split;
         let (mut begin, mut cpu) = (now_ns(), thread_cpu_ns());

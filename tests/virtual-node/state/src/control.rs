@@ -23,6 +23,8 @@ pub struct RankControl {
     pub decode_ppm: AtomicU64,
     /// 1: dataset files are dropped from the page cache before they are read.
     pub cold_reads: AtomicU32,
+    /// Time that the last reads of such files took, ns; 0 once it was taken note of.
+    pub read_ns: AtomicU64,
     /// Each kernel is launched as this many shorter ones.
     pub launch_split: AtomicU32,
     /// Processor time of one launch, ns.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use virtual_node_state::gpu::Gpu;
 
-use crate::engine::engine;
+use crate::engine::{Graph, engine};
 use crate::module::KernelSpec;
 
 pub(super) type Status = c_int;
@@ -26,6 +26,8 @@ pub(super) const INVALID_HANDLE: Status = 400;
 pub(super) const NOT_FOUND: Status = 500;
 pub(super) const NOT_READY: Status = 600;
 pub(super) const NOT_SUPPORTED: Status = 801;
+pub(super) const CAPTURE_UNSUPPORTED: Status = 900;
+pub(super) const CAPTURE_UNMATCHED: Status = 903;
 
 /// CUDA 12.4.
 pub(super) const DRIVER_VERSION: c_int = 12_040;
@@ -36,11 +38,13 @@ thread_local! {
     pub(super) static CURRENT: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// Modules, functions and default streams of the process.
+/// Modules, functions, graphs and default streams of the process.
 #[derive(Default)]
 pub(super) struct Objects {
     pub(super) modules: Vec<Option<Vec<Arc<KernelSpec>>>>,
     pub(super) functions: Vec<Arc<KernelSpec>>,
+    pub(super) graphs: Vec<Option<Graph>>,
+    pub(super) executables: Vec<Option<Graph>>,
     default_streams: HashMap<usize, usize>,
 }
 
@@ -60,6 +64,8 @@ pub(super) enum Tag {
     Event = 0xe0,
     Module = 0x30,
     Function = 0xf0,
+    Graph = 0x6a,
+    GraphExec = 0x6e,
 }
 
 pub(super) fn handle(tag: Tag, index: usize) -> Handle {
@@ -108,6 +114,15 @@ pub(super) fn stream_index(stream: Handle) -> Result<usize, Status> {
 
 pub(super) fn on_stream(stream: Handle, act: impl FnOnce(usize) -> bool) -> Status {
     match stream_index(stream) {
+        Ok(stream) => check(act(stream)),
+        Err(status) => status,
+    }
+}
+
+/// As [`on_stream`], for what cannot be recorded into a graph.
+pub(super) fn on_running_stream(stream: Handle, act: impl FnOnce(usize) -> bool) -> Status {
+    match stream_index(stream) {
+        Ok(stream) if engine().is_capturing(stream) == Some(true) => CAPTURE_UNSUPPORTED,
         Ok(stream) => check(act(stream)),
         Err(status) => status,
     }

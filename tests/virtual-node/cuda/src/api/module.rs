@@ -82,6 +82,38 @@ extern "C" fn cuLaunchKernel(
     _params: *mut Handle,
     _extra: *mut Handle,
 ) -> Status {
+    launch(function, stream)
+}
+
+/// `CUlaunchConfig` of cuda.h.
+#[repr(C)]
+struct LaunchConfig {
+    grid: [c_uint; 3],
+    block: [c_uint; 3],
+    shared_bytes: c_uint,
+    stream: Handle,
+    attributes: *mut c_void,
+    attribute_count: c_uint,
+}
+
+const _: () = assert!(std::mem::offset_of!(LaunchConfig, stream) == 32);
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuLaunchKernelEx(
+    config: *const LaunchConfig,
+    function: Handle,
+    _params: *mut Handle,
+    _extra: *mut Handle,
+) -> Status {
+    if config.is_null() {
+        return INVALID_VALUE;
+    }
+    // SAFETY: not null, and the caller passes a live configuration.
+    let stream = unsafe { (*config).stream };
+    launch(function, stream)
+}
+
+fn launch(function: Handle, stream: Handle) -> Status {
     let Some(function) = index(Tag::Function, function) else {
         return INVALID_HANDLE;
     };

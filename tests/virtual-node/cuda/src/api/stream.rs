@@ -31,7 +31,7 @@ extern "C" fn cuStreamDestroy_v2(stream: Handle) -> Status {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuStreamSynchronize(stream: Handle) -> Status {
-    on_stream(stream, |stream| engine().stream_synchronize(stream))
+    on_running_stream(stream, |stream| engine().stream_synchronize(stream))
 }
 
 #[unsafe(no_mangle)]
@@ -49,7 +49,7 @@ extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uint) -
     let Some(event) = index(Tag::Event, event) else {
         return INVALID_HANDLE;
     };
-    on_stream(stream, |stream| engine().stream_wait(stream, event))
+    on_running_stream(stream, |stream| engine().stream_wait(stream, event))
 }
 
 #[unsafe(no_mangle)]
@@ -71,7 +71,7 @@ extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> Status {
     let Some(event) = index(Tag::Event, event) else {
         return INVALID_HANDLE;
     };
-    on_stream(stream, |stream| engine().event_record(event, stream))
+    on_running_stream(stream, |stream| engine().event_record(event, stream))
 }
 
 #[unsafe(no_mangle)]

@@ -11,6 +11,7 @@ use virtual_node_state::log::{Kind, Record, Writer};
 use virtual_node_state::map::Shared;
 use virtual_node_state::power::{REFERENCE_MHZ, active_mw};
 
+use super::capture::Node;
 use super::{Collective, CollectiveEnd};
 use crate::module::KernelSpec;
 
@@ -55,6 +56,8 @@ pub(super) struct Stream {
     pub(super) device: usize,
     pub(super) queue: VecDeque<Op>,
     pub(super) running: Option<Running>,
+    /// What was submitted since the stream began to record; nothing of it runs.
+    pub(super) capture: Option<Vec<Node>>,
     /// End of the last committed operation.
     pub(super) cursor_ns: u64,
     pub(super) submitted: u64,

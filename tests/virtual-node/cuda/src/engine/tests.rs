@@ -178,3 +178,31 @@ fn unknown_streams_and_events_are_refused() {
     assert!(!engine.launch(stream, kernel(MS, true)));
     assert!(logged(engine, &folder).is_empty());
 }
+
+#[test]
+fn a_captured_run_happens_when_launched_and_as_often() {
+    let (engine, folder, _gpu) = engine_on("graph");
+    let stream = engine.stream_create(0);
+    assert_eq!(engine.is_capturing(stream), Some(false));
+    assert!(engine.capture_begin(stream) && !engine.capture_begin(stream));
+    for _ in 0..3 {
+        assert!(engine.launch(stream, kernel(MS, false)));
+    }
+    assert!(engine.copy(stream, Kind::ToHost, 4));
+    assert_eq!(
+        engine.stream_idle(stream),
+        Some(true),
+        "nothing runs while it is recorded"
+    );
+    let graph = engine.capture_end(stream).unwrap();
+    assert!(engine.capture_end(stream).is_none());
+    assert_eq!(graph.len(), 4);
+    assert!(engine.graph_launch(stream, &graph) && engine.graph_launch(stream, &graph));
+    assert!(engine.stream_synchronize(stream));
+    let records = logged(engine, &folder);
+    let kernels = records
+        .iter()
+        .filter(|record| record.kind == Kind::Kernel)
+        .count();
+    assert_eq!((kernels, records.len()), (6, 8));
+}
