@@ -130,6 +130,52 @@ pub struct Verdict {
     pub onset_ns: Option<u64>,
 }
 
+/// GPU time of one class of kernels, whatever ran beside them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelTime {
+    /// The class's stable name: `gemm`, `attention`, ...; `unknown` for names of no known class.
+    pub class: &'static str,
+    /// Sum of the kernels' lengths, GPU-ns; kernels that overlap count twice.
+    pub time_ns: u64,
+    /// Kernels.
+    pub count: u64,
+}
+
+/// What an MFU rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FlopsSource {
+    /// FLOPs that the job or the user declares.
+    Declared,
+    /// Shapes of operators in a trace.
+    OperatorShapes,
+    /// Tensor activity of the device.
+    TensorActivity,
+}
+
+/// How an MFU was computed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Efficiency {
+    /// Where the FLOPs come from.
+    pub source: FlopsSource,
+    /// Hardware FLOPs utilisation, with what is repeated, parts per million; `None` when it is not known.
+    pub hfu_ppm: Option<u32>,
+    /// Which FLOPs count, in words.
+    pub convention: String,
+    /// Which peak they are measured against, in words with its number.
+    pub peak: String,
+}
+
+/// What the GPUs worked on, beside where their time went.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WorkAccount {
+    /// Kernels by class, most time first; empty when kernels were not seen.
+    pub kernels: Vec<KernelTime>,
+    /// How the MFU was computed; `None` without one.
+    pub efficiency: Option<Efficiency>,
+    /// What to bear in mind when reading the leaves: references used, what they do not cover.
+    pub notes: Vec<String>,
+}
+
 /// The whole answer for one job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobAnalysis {
@@ -153,4 +199,6 @@ pub struct JobAnalysis {
     pub mfu_ppm: Option<u32>,
     /// Whether `mfu_ppm` rests on declared FLOPs (else on tensor activity).
     pub mfu_declared: bool,
+    /// What the GPUs worked on.
+    pub work: WorkAccount,
 }

@@ -12,6 +12,7 @@ pub mod activity;
 pub mod budget;
 pub mod cause;
 pub mod facts;
+pub mod flops;
 pub mod job;
 pub mod leaf;
 pub mod peaks;

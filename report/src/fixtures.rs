@@ -4,7 +4,7 @@ use stallscope_attribution::budget::Budget;
 use stallscope_attribution::cause::{Cause, Confidence, Place};
 use stallscope_attribution::facts::{Activity, GpuSubject, LeafInterval, RecordGap, StepMethod};
 use stallscope_attribution::job::{
-    Blame, Evidence, GpuSummary, JobAnalysis, Recovers, RuledOut, Tier, Verdict,
+    Blame, Evidence, GpuSummary, JobAnalysis, Recovers, RuledOut, Tier, Verdict, WorkAccount,
 };
 use stallscope_attribution::leaf::Leaf;
 use stallscope_attribution::reading::Reading;
@@ -71,6 +71,7 @@ fn analysis(gpus: Vec<GpuSummary>, verdicts: Vec<Verdict>) -> JobAnalysis {
         gaps: Vec::new(),
         mfu_ppm: Some(378_151),
         mfu_declared: true,
+        work: WorkAccount::default(),
     }
 }
 

@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use stallscope_attribution::activity::{Pattern, pattern};
 use stallscope_attribution::cause::Cause;
 use stallscope_attribution::facts::StepMethod;
-use stallscope_attribution::job::{JobAnalysis, Tier};
+use stallscope_attribution::job::{FlopsSource, JobAnalysis, Tier};
 use stallscope_attribution::leaf::{Class, Leaf};
 use stallscope_report::document::Document;
 
@@ -79,10 +79,19 @@ fn one_rank_of_two_with_slow_launches() {
 
 #[test]
 fn one_rank_of_eight() {
-    sweep(
+    let analysis = sweep(
         CONTROL,
         [464_594_000, 281_336_000, 87_921_000, 19_330_000, 76_007_000],
         6,
+    );
+    assert_eq!(leaf(&analysis, Leaf::ComputeRecompute), 0);
+    // Every product's shape is in the trace, and their kernels' names tell that the tensor units multiply.
+    let efficiency = analysis.work.efficiency.expect("an efficiency");
+    assert_eq!(efficiency.source, FlopsSource::OperatorShapes);
+    assert!(
+        efficiency.peak.starts_with("156.0 TFLOP/s tf32"),
+        "{}",
+        efficiency.peak
     );
 }
 
@@ -97,6 +106,9 @@ fn times_with_nanoseconds() {
 fn an_amd_gpu() {
     let row = [86_567_708, 25_739_303, 55_625_224, 2_637_529, 2_565_652];
     let analysis = sweep(MI300, row, 3);
+    // gpu_timeline.csv beside the trace: 4.12223779296875 ms of the work whose launch it knows are recomputation.
+    assert_eq!(leaf(&analysis, Leaf::ComputeRecompute), 4_122_223);
+    assert!(analysis.gpus[0].total.is_measured(Leaf::ComputeRecompute));
     assert_eq!(analysis.gpus[0].subject.device, "AMD Instinct MI300X");
     // Exposed communication of one rank of eight may be transfer or waiting: no cause is named.
     assert_eq!(analysis.verdicts[0].cause, Cause::Unknown);

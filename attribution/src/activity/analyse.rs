@@ -1,21 +1,26 @@
 //! From the traces of a job to its analysis.
 
 use super::collectives::{self, Joined};
+use super::contention::{Contention, contention};
+use super::efficiency::{ModelMath, Span, by_class, carve, model_math};
+use super::label::{Known, label};
+use super::math::{Arithmetic, repeated};
 use super::steps::{marked, pattern};
 use super::verdict::{self, Case};
-use super::{Host, Label, Record, TraceJob, Work, label};
+use super::{Declared, Host, KernelClass, Label, RankTrace, Record, TraceJob, Work};
 use crate::budget::Budget;
-use crate::budget::arith::signed;
+use crate::budget::arith::{mul_div, signed};
 use crate::cause::Place;
-use crate::facts::{GpuSubject, RecordGap, StepMethod};
-use crate::job::{Blame, GpuSummary, JobAnalysis, Tier};
+use crate::facts::{GpuSubject, PPM, RecordGap, StepMethod};
+use crate::job::{Blame, FlopsSource, GpuSummary, JobAnalysis, Tier, WorkAccount};
 use crate::leaf::Leaf;
 use crate::reading::Reading;
 use crate::time::Window;
 
 /// Leaves that records of the host and the device decide, whatever their value. Storage and run queues are not in a
 /// trace; neither are clocks, peaks and reference rates.
-const MEASURED: [Leaf; 11] = [
+const MEASURED: [Leaf; 12] = [
+    Leaf::ComputeRecompute,
     Leaf::ComputeNonmatmul,
     Leaf::MemoryCopy,
     Leaf::IdleDataCpu,
@@ -29,11 +34,17 @@ const MEASURED: [Leaf; 11] = [
     Leaf::IdleUnknown,
 ];
 
+/// Share of kernels' or collectives' time that must have a reference for their leaf to count as measured, percent.
+const REFERENCED_PERCENT: u64 = 95;
+
 /// One GPU with its labels.
 pub(super) struct Labelled {
     pub(super) subject: GpuSubject,
+    pub(super) records: Vec<Record>,
     pub(super) labels: Vec<Label>,
     pub(super) total: Budget,
+    pub(super) contention: Contention,
+    math: Result<ModelMath, String>,
     steps: Vec<Window>,
     method: StepMethod,
     calls: u32,
@@ -58,17 +69,13 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         .max()
         .unwrap_or(0);
     let all: Vec<&[Record]> = devices.iter().map(|(_, _, records)| records.as_slice()).collect();
-    let joined = collectives::join(&all, world);
+    let joined = collectives::join(&all, world, job.declared.bus_bytes_per_s);
     gaps.extend(joined.gaps.iter().cloned());
     let labelled: Vec<Labelled> = devices
-        .iter()
-        .zip(&joined.waits)
-        .zip(&joined.whole)
-        .map(|(((rank, subject, records), waits), whole)| {
-            let waits: Vec<Window> = waits.iter().map(|wait| wait.window).collect();
-            let host = Host::new(&rank.host, rank.main_thread);
-            let labels = label(records, &waits, &host);
-            Labelled::new((*subject).clone(), records, labels, &rank.marks, *whole)
+        .into_iter()
+        .enumerate()
+        .map(|(at, (rank, subject, records))| {
+            Labelled::new(rank, subject.clone(), records, &joined.of(at), &job.declared)
         })
         .collect();
     let blame = blames(&joined, &labelled);
@@ -79,45 +86,138 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         blame: &blame,
         ranks: world.max(u32::try_from(labelled.len()).unwrap_or(u32::MAX)),
     });
+    let work = work(&labelled, &job.declared);
+    let mfu_declared = work
+        .efficiency
+        .as_ref()
+        .is_some_and(|how| how.source == FlopsSource::Declared);
     JobAnalysis {
         job: job.job,
         kind: job.kind,
         observed,
         tier: Tier::Activity,
+        mfu_ppm: work
+            .efficiency
+            .as_ref()
+            .and_then(|_| share(&labelled, |gpu| gpu.ns(Leaf::Ideal))),
+        mfu_declared,
         gpus: labelled.into_iter().map(Labelled::summary).collect(),
         blame,
         verdicts,
         gaps,
-        mfu_ppm: None,
-        mfu_declared: false,
+        work,
     }
+}
+
+/// Parts per million of all GPU time; `None` of no time.
+fn share(gpus: &[Labelled], of: impl Fn(&Labelled) -> u64) -> Option<u32> {
+    let sum = |of: &dyn Fn(&Labelled) -> u64| gpus.iter().fold(0_u64, |sum, gpu| sum.saturating_add(of(gpu)));
+    let total_ns = sum(&|gpu| gpu.total.window_ns());
+    (total_ns > 0).then(|| u32::try_from(mul_div(sum(&of), PPM, total_ns)).unwrap_or(u32::MAX))
+}
+
+/// What the GPUs worked on. The MFU is that of all GPUs, or of none.
+fn work(gpus: &[Labelled], declared: &Declared) -> WorkAccount {
+    let mut notes = Vec::new();
+    let sum = |of: &dyn Fn(&Labelled) -> u64| gpus.iter().fold(0_u64, |sum, gpu| sum.saturating_add(of(gpu)));
+    let (beside, unknown) = (
+        sum(&|gpu| gpu.contention.beside_ns),
+        sum(&|gpu| gpu.contention.unknown_ns),
+    );
+    if unknown > 0 {
+        notes.push(format!(
+            "compute.contention: {} % of the kernel time beside communication or copies has no run of the same kernel \
+             and grid by itself to compare with",
+            mul_div(unknown, 100, beside).max(1)
+        ));
+    }
+    if gpus
+        .iter()
+        .any(|gpu| gpu.total.is_measured(Leaf::CommTransfer) && has_communication(&gpu.records))
+    {
+        notes.push(match declared.bus_bytes_per_s {
+            Some(rate) => format!("comm.transfer: at the {}.{} GB/s of bus bandwidth given", rate / 1_000_000_000, rate / 100_000_000 % 10),
+            None => "comm.transfer: as the best collective of the same operation and size in these traces; one that \
+                     is always slow has no better one beside it (--busbw gives a reference)".to_owned(),
+        });
+    }
+    let efficiency = match gpus.iter().find_map(|gpu| gpu.math.as_ref().err()) {
+        Some(why) => {
+            notes.push(format!("MFU: {why}"));
+            None
+        }
+        None => gpus
+            .iter()
+            .find_map(|gpu| gpu.math.as_ref().ok())
+            .map(|math| math.how.clone()),
+    };
+    let hardware = |gpu: &Labelled| gpu.math.as_ref().ok().and_then(|math| math.hardware_ns);
+    let all_known = gpus.iter().all(|gpu| hardware(gpu).is_some());
+    let hfu_ppm = share(gpus, |gpu| hardware(gpu).unwrap_or(0)).filter(|_| all_known);
+    WorkAccount {
+        kernels: by_class(gpus.iter().flat_map(|gpu| &gpu.records)),
+        efficiency: efficiency.map(|how| crate::job::Efficiency { hfu_ppm, ..how }),
+        notes,
+    }
+}
+
+fn has_communication(records: &[Record]) -> bool {
+    records
+        .iter()
+        .any(|record| record.work == Work::Kernel(KernelClass::Communication))
 }
 
 impl Labelled {
     fn new(
+        rank: &RankTrace,
         subject: GpuSubject,
-        records: &[Record],
-        labels: Vec<Label>,
-        marks: &[Window],
-        skew_known: bool,
+        records: Vec<Record>,
+        joined: &collectives::OfRank<'_>,
+        declared: &Declared,
     ) -> Self {
-        let (edges, method, calls) = edges(records, marks);
+        let again = repeated(&records, &rank.repeated);
+        let contention = contention(&records);
+        let waits: Vec<Window> = joined.waits.iter().map(|wait| wait.window).collect();
+        let known = Known {
+            waits: &waits,
+            moves: joined.moves,
+            again: &again,
+            excess_ns: &contention.excess_ns,
+        };
+        let labels = label(&records, known, &Host::new(&rank.host, rank.main_thread));
+        let (edges, method, calls) = edges(&records, &rank.marks);
         let end = labels.last().map_or(0, |label| label.window.end_ns());
-        let declared = method == StepMethod::Declared;
         // The last mark ends with the trace; a pattern's last call begins a step that may be cut off.
-        let ends = edges.iter().copied().skip(1).chain(declared.then_some(end));
-        let steps = edges
+        let marked = method == StepMethod::Declared;
+        let ends = edges.iter().copied().skip(1).chain(marked.then_some(end));
+        let steps: Vec<Window> = edges
             .iter()
             .zip(ends)
-            .filter_map(|(start, end)| Window::new(*start, end));
-        let total = budget(&labels, measured(records, skew_known));
+            .filter_map(|(start, end)| Window::new(*start, end))
+            .filter(|step| !step.is_empty())
+            .collect();
+        let arithmetic = Arithmetic::of(&records, &again, &rank.math);
+        let span = Span {
+            steps: steps.len() as u64,
+            steps_ns: steps.iter().map(|step| step.len_ns()).sum(),
+            window_ns: labels.iter().map(|label| label.window.len_ns()).sum(),
+        };
+        let math = model_math(&subject.device, declared, &records, &arithmetic, span);
+        let total = budget(
+            &labels,
+            measured(&records, joined, &contention),
+            math.as_ref().ok(),
+        );
         Self {
             subject,
+            labels,
             total,
-            steps: steps.filter(|step| !step.is_empty()).collect(),
+            contention,
+            math,
+            steps,
             method,
             calls,
-            labels,
+            records,
         }
     }
 
@@ -151,26 +251,40 @@ fn edges(records: &[Record], marks: &[Window]) -> (Vec<u64>, StepMethod, u32) {
     })
 }
 
-fn measured(records: &[Record], skew_known: bool) -> u32 {
+fn measured(records: &[Record], joined: &collectives::OfRank<'_>, contention: &Contention) -> u32 {
     let link =
         |record: &Record| matches!(record.work, Work::ToDevice | Work::ToHost) && record.bytes.is_none();
     let mut bits = MEASURED.iter().fold(0, |bits, leaf| bits | (1 << leaf.index()));
     if records.iter().any(link) {
         bits &= !(1 << Leaf::MemoryCopy.index());
     }
-    if skew_known {
+    let referenced = |unknown: u64, all: u64| {
+        u128::from(unknown) * 100 <= u128::from(all) * u128::from(100 - REFERENCED_PERCENT)
+    };
+    if referenced(contention.unknown_ns, contention.beside_ns) {
+        bits |= 1 << Leaf::ComputeContention.index();
+    }
+    if joined.whole {
         bits |= 1 << Leaf::CommSkew.index();
+        let moving: u64 = joined.moves.iter().map(|moving| moving.window.len_ns()).sum();
+        if referenced(
+            joined.unreferenced_ns,
+            moving.saturating_add(joined.unreferenced_ns),
+        ) {
+            bits |= 1 << Leaf::CommTransfer.index() | 1 << Leaf::CommNet.index();
+        }
     }
     bits
 }
 
-fn budget(labels: &[Label], measured: u32) -> Budget {
+fn budget(labels: &[Label], mut measured: u32, math: Option<&ModelMath>) -> Budget {
     let mut leaves = [0_i64; Leaf::COUNT];
     for label in labels {
         leaves[label.leaf.index()] += signed(label.window.len_ns());
     }
     let window_ns = labels.iter().map(|label| label.window.len_ns()).sum();
-    Budget::from_leaves(window_ns, leaves, measured, Vec::new())
+    let intervals = math.map_or_else(Vec::new, |math| carve(&mut leaves, &mut measured, math));
+    Budget::from_leaves(window_ns, leaves, measured, intervals)
         .unwrap_or_else(|_| Budget::unobserved(window_ns))
 }
 

@@ -5,13 +5,17 @@
 
 use std::collections::BTreeMap;
 
+use super::label::Moving;
 use super::{KernelClass, Label, Record, Work};
+use crate::budget::arith::mul_div;
 use crate::facts::RecordGap;
 use crate::leaf::Leaf;
 use crate::time::Window;
 
 /// Ends of one collective that agree this closely were taken on one clock, ns.
 const ONE_CLOCK_NS: u64 = 50_000;
+/// The best of fewer collectives of one size is no reference.
+const LEAST_OF_A_SIZE: usize = 3;
 
 /// A rank waited in a collective for its last rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +33,10 @@ pub(super) struct Wait {
 pub(super) struct Joined {
     /// By rank: its waits, by start. Empty for all when nothing could be joined.
     pub(super) waits: Vec<Vec<Wait>>,
+    /// By rank: its collectives after their last rank had arrived, where a reference is known.
+    pub(super) moves: Vec<Vec<Moving>>,
+    /// By rank: time of collectives after their last rank had arrived for which no reference is known, ns.
+    pub(super) unreferenced_ns: Vec<u64>,
     /// Collectives that were joined.
     pub(super) collectives: u64,
     /// By rank: collectives that it was the last to join.
@@ -41,8 +49,9 @@ pub(super) struct Joined {
     pub(super) gaps: Vec<RecordGap>,
 }
 
-/// Joins the ranks, whose records are sorted by start. `world` is the number of ranks of the job, 0 when unknown.
-pub(super) fn join(ranks: &[&[Record]], world: u32) -> Joined {
+/// Joins the ranks, whose records are sorted by start. `world` is the number of ranks of the job, 0 when unknown;
+/// `bus_bytes_per_s` is the bus bandwidth to measure against, in place of the best of the same size.
+pub(super) fn join(ranks: &[&[Record]], world: u32, bus_bytes_per_s: Option<u64>) -> Joined {
     let mut groups: BTreeMap<u64, BTreeMap<usize, Vec<&Record>>> = BTreeMap::new();
     for (rank, records) in ranks.iter().enumerate() {
         for record in records
@@ -60,6 +69,8 @@ pub(super) fn join(ranks: &[&[Record]], world: u32) -> Joined {
     }
     let mut joined = Joined {
         waits: vec![Vec::new(); ranks.len()],
+        moves: vec![Vec::new(); ranks.len()],
+        unreferenced_ns: vec![0; ranks.len()],
         last: vec![0; ranks.len()],
         whole: vec![true; ranks.len()],
         ..Joined::default()
@@ -73,7 +84,7 @@ pub(super) fn join(ranks: &[&[Record]], world: u32) -> Joined {
     }
     let shifts = clocks(&sound, ranks.len());
     for members in sound {
-        joined.add(&members, &shifts);
+        joined.add(&members, &shifts, bus_bytes_per_s);
     }
     for waits in &mut joined.waits {
         waits.sort_by_key(|wait| wait.window);
@@ -203,7 +214,78 @@ const fn shifted(at_ns: u64, offset_ns: i64) -> u64 {
     at_ns.saturating_add_signed(offset_ns.saturating_neg())
 }
 
+/// What is known of one rank.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OfRank<'a> {
+    pub(super) waits: &'a [Wait],
+    pub(super) moves: &'a [Moving],
+    pub(super) unreferenced_ns: u64,
+    pub(super) whole: bool,
+}
+
+/// By collective: when its last rank arrived on the common clock, and which one that was.
+fn arrivals(members: &BTreeMap<usize, Vec<&Record>>, clocks: &Clocks) -> Vec<(u64, usize)> {
+    let count = members.values().map(Vec::len).min().unwrap_or(0);
+    (0..count)
+        .filter_map(|at| {
+            let starts = members.iter().map(|(rank, sequence)| {
+                let start = shifted(sequence[at].window.start_ns(), clocks.offset_ns[*rank]);
+                (start, *rank)
+            });
+            starts.max_by_key(|(start, rank)| (*start, core::cmp::Reverse(*rank)))
+        })
+        .collect()
+}
+
+/// The shortest time from the arrival of the last rank to the end of the last, by operation and size, ns.
+fn best(
+    members: &BTreeMap<usize, Vec<&Record>>,
+    arrivals: &[(u64, usize)],
+    clocks: &Clocks,
+) -> BTreeMap<u64, u64> {
+    let mut times: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+    for (at, (last_ns, _)) in arrivals.iter().enumerate() {
+        let ends = members
+            .iter()
+            .map(|(rank, sequence)| shifted(sequence[at].window.end_ns(), clocks.offset_ns[*rank]));
+        let record = members.values().next().map(|sequence| sequence[at]);
+        let sized = record
+            .and_then(|record| record.collective)
+            .filter(|of| of.bus_bytes.is_some());
+        if let Some((end, collective)) = ends.max().zip(sized) {
+            let of_size = times.entry(collective.message).or_default();
+            of_size.push(end.saturating_sub(*last_ns));
+        }
+    }
+    let known = times
+        .into_iter()
+        .filter(|(_, times)| times.len() >= LEAST_OF_A_SIZE);
+    known
+        .filter_map(|(message, times)| Some((message, times.into_iter().min()?)))
+        .collect()
+}
+
+/// What a collective's bytes need at the reference, ns: at the declared bandwidth, else as the best of its size did.
+fn needs(record: &Record, best: &BTreeMap<u64, u64>, bus_bytes_per_s: Option<u64>) -> Option<u64> {
+    let collective = record.collective?;
+    let bytes = collective.bus_bytes?;
+    match bus_bytes_per_s.filter(|rate| *rate > 0) {
+        Some(rate) => Some(mul_div(bytes, 1_000_000_000, rate)),
+        None => best.get(&collective.message).copied(),
+    }
+}
+
 impl Joined {
+    /// What is known of the rank at a position.
+    pub(super) fn of(&self, rank: usize) -> OfRank<'_> {
+        OfRank {
+            waits: &self.waits[rank],
+            moves: &self.moves[rank],
+            unreferenced_ns: self.unreferenced_ns[rank],
+            whole: self.whole[rank],
+        }
+    }
+
     fn refuse(&mut self, members: &BTreeMap<usize, Vec<&Record>>, why: &str) {
         for rank in members.keys() {
             self.whole[*rank] = false;
@@ -216,32 +298,27 @@ impl Joined {
         });
     }
 
-    fn add(&mut self, members: &BTreeMap<usize, Vec<&Record>>, clocks: &Clocks) {
+    fn add(
+        &mut self,
+        members: &BTreeMap<usize, Vec<&Record>>,
+        clocks: &Clocks,
+        bus_bytes_per_s: Option<u64>,
+    ) {
         if clocks.unaligned && members.len() > 1 {
             let why = "the ranks' clocks differ and the ends of their collectives do not align them: waiting for \
                        the last rank cannot be told from transfer";
             return self.refuse(members, why);
         }
         self.residual_ns = self.residual_ns.max(clocks.residual_ns);
-        let count = members.values().map(Vec::len).min().unwrap_or(0);
-        for at in 0..count {
-            let start = |rank: usize, sequence: &[&Record]| {
-                shifted(sequence[at].window.start_ns(), clocks.offset_ns[rank])
-            };
-            let starts = members
-                .iter()
-                .map(|(rank, sequence)| (start(*rank, sequence), *rank));
-            let Some((last_ns, culprit)) =
-                starts.max_by_key(|(start, rank)| (*start, core::cmp::Reverse(*rank)))
-            else {
-                continue;
-            };
+        let arrivals = arrivals(members, clocks);
+        let best = best(members, &arrivals, clocks);
+        for (at, (last_ns, culprit)) in arrivals.into_iter().enumerate() {
             self.collectives += 1;
             self.last[culprit] += u64::from(members.len() > 1);
             for (rank, sequence) in members {
-                let from = sequence[at].window.start_ns();
-                let to = shifted(last_ns, clocks.offset_ns[*rank].saturating_neg());
-                let to = to.min(sequence[at].window.end_ns());
+                let record = sequence[at];
+                let (from, end) = (record.window.start_ns(), record.window.end_ns());
+                let to = shifted(last_ns, clocks.offset_ns[*rank].saturating_neg()).clamp(from, end);
                 let wait = Window::new(from, to).filter(|wait| wait.len_ns() > clocks.residual_ns);
                 if let Some(window) = wait {
                     let shift_ns = clocks.offset_ns[culprit].saturating_sub(clocks.offset_ns[*rank]);
@@ -250,6 +327,13 @@ impl Joined {
                         culprit,
                         shift_ns,
                     });
+                }
+                let Some(window) = Window::new(to, end) else {
+                    continue;
+                };
+                match needs(record, &best, bus_bytes_per_s) {
+                    Some(needs_ns) => self.moves[*rank].push(Moving { window, needs_ns }),
+                    None => self.unreferenced_ns[*rank] += window.len_ns(),
                 }
             }
         }

@@ -57,6 +57,53 @@ impl KernelClass {
     }
 }
 
+/// The units a matrix kernel multiplies with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Pipe {
+    /// Tensor or matrix units.
+    Tensor,
+    /// The plain FP32 units.
+    Plain,
+}
+
+impl Pipe {
+    /// The units by the kernel's name, case ignored; `None` when the name does not tell.
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        let name = name.to_ascii_lowercase();
+        PIPES
+            .iter()
+            .find(|(part, _)| name.contains(part))
+            .map(|(_, pipe)| *pipe)
+    }
+}
+
+/// Parts of matrix kernels' names that tell the units, in order of precedence: shapes of tensor instructions
+/// (`s1688` is FP32 in, TF32 multiplied), then the libraries' names for plain FP32 multiplication.
+const PIPES: &[(&str, Pipe)] = &[
+    ("tensorop", Pipe::Tensor),
+    ("1688", Pipe::Tensor),
+    ("16816", Pipe::Tensor),
+    ("i8816", Pipe::Tensor),
+    ("s884", Pipe::Tensor),
+    ("h884", Pipe::Tensor),
+    ("hmma", Pipe::Tensor),
+    ("wgmma", Pipe::Tensor),
+    ("tf32", Pipe::Tensor),
+    ("bf16", Pipe::Tensor),
+    ("nvjet", Pipe::Tensor),
+    ("flash", Pipe::Tensor),
+    ("_mfma", Pipe::Tensor),
+    ("_mi16x16", Pipe::Tensor),
+    ("_mi32x32", Pipe::Tensor),
+    ("simt", Pipe::Plain),
+    ("ffma", Pipe::Plain),
+    ("sgemm", Pipe::Plain),
+    ("scudnn", Pipe::Plain),
+    ("gemmsn", Pipe::Plain),
+    ("gemv", Pipe::Plain),
+];
+
 /// Parts of kernel names in lower case, in order of precedence.
 ///
 /// Communication is any name with `nccl` or `rccl`, plus the device-side libraries that replace them. Names of
@@ -104,6 +151,7 @@ pub const TABLE: &[(&str, KernelClass)] = &[
     ("i8816cudnn", KernelClass::Convolution),
     ("cudnn::cnn", KernelClass::Convolution),
     ("computeoffsets", KernelClass::Convolution),
+    ("computeboffsets", KernelClass::Convolution),
     ("miopenconv", KernelClass::Convolution),
     ("miopensp3asm", KernelClass::Convolution),
     ("igemm", KernelClass::Convolution),
@@ -146,6 +194,7 @@ pub const TABLE: &[(&str, KernelClass)] = &[
     ("softmax", KernelClass::Elementwise),
     ("cross_entropy", KernelClass::Elementwise),
     ("nll_loss", KernelClass::Elementwise),
+    ("nllcriterion", KernelClass::Elementwise),
     ("elementwise", KernelClass::Elementwise),
     ("element_wise", KernelClass::Elementwise),
     ("reduce", KernelClass::Elementwise),
@@ -222,8 +271,27 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_in_lower_case() {
-        for (part, _) in TABLE {
+    fn tensor_units_are_told_from_plain_ones() {
+        let cases = [
+            (
+                "void cutlass::Kernel<cutlass_80_tensorop_s1688gemm_64x64_16x6_nn_align4>",
+                Some(Pipe::Tensor),
+            ),
+            ("ampere_bf16_s16816gemm_bf16_128x64_ldg8", Some(Pipe::Tensor)),
+            ("volta_h884gemm_64x64_ldg8_nn", Some(Pipe::Tensor)),
+            ("volta_sgemm_128x32_nt", Some(Pipe::Plain)),
+            ("volta_scudnn_128x64_relu_interior_nn_v1", Some(Pipe::Plain)),
+            ("my_secret_gemm", None),
+        ];
+        for (name, pipe) in cases {
+            assert_eq!(Pipe::of(name), pipe, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_tables_are_in_lower_case() {
+        let parts = TABLE.iter().map(|(part, _)| part);
+        for part in parts.chain(PIPES.iter().map(|(part, _)| part)) {
             assert_eq!(*part, part.to_ascii_lowercase());
         }
     }

@@ -14,19 +14,29 @@ const LARGE_COPY_BYTES: u64 = 1 << 20;
 const MATMUL: usize = 0;
 const UNNAMED: usize = 1;
 const NONMATMUL: usize = 2;
-const SKEW: usize = 3;
-const COMM: usize = 4;
-const COPY: usize = 5;
-const SLOW_COPY: usize = 6;
-const LEAVES: [Leaf; 7] = [
+const REPEATED: usize = 3;
+const SLOWED: usize = 4;
+const SKEW: usize = 5;
+const TRANSFER: usize = 6;
+const NET: usize = 7;
+const COMM: usize = 8;
+const COPY: usize = 9;
+const SLOW_COPY: usize = 10;
+const LEAVES: [Leaf; 11] = [
     Leaf::ComputeKernel,
     Leaf::ComputeKernel,
     Leaf::ComputeNonmatmul,
+    Leaf::ComputeRecompute,
+    Leaf::ComputeContention,
     Leaf::CommSkew,
+    Leaf::CommTransfer,
+    Leaf::CommNet,
     Leaf::CommProto,
     Leaf::MemoryCopy,
     Leaf::MemoryPcie,
 ];
+/// Parts of a collective's own kernel, which count only where that ran.
+const WITHIN_COMM: u32 = 1 << SKEW | 1 << TRANSFER | 1 << NET;
 
 /// A stretch of a GPU's time with its leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,12 +47,33 @@ pub struct Label {
     pub leaf: Leaf,
 }
 
+/// What is known of records beyond themselves.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Known<'a> {
+    /// When a collective had started here and not yet on its last rank.
+    pub(super) waits: &'a [Window],
+    /// When collectives moved bytes, and how long they should have.
+    pub(super) moves: &'a [Moving],
+    /// By record: forward work done again.
+    pub(super) again: &'a [bool],
+    /// By record: how much longer it ran than by itself, ns.
+    pub(super) excess_ns: &'a [u64],
+}
+
+/// A collective after its last rank had arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Moving {
+    /// From the arrival of the last rank to the end.
+    pub(super) window: Window,
+    /// What its bytes need at the reference rate, ns.
+    pub(super) needs_ns: u64,
+}
+
 /// The leaves of a GPU's time from its first record to its last: disjoint, in order, without holes.
 ///
-/// `records` are sorted by start. `waits` are the stretches in which a collective had started here and not yet on
-/// its last rank. Kernels of no known class count as matrix work: they stay in compute's residual.
+/// `records` are sorted by start. Kernels of no known class count as matrix work: they stay in compute's residual.
 #[must_use]
-pub fn label(records: &[Record], waits: &[Window], host: &Host) -> Vec<Label> {
+pub(super) fn label(records: &[Record], known: Known<'_>, host: &Host) -> Vec<Label> {
     let start = records.first().map_or(0, |record| record.window.start_ns());
     let end = records
         .iter()
@@ -53,13 +84,20 @@ pub fn label(records: &[Record], waits: &[Window], host: &Host) -> Vec<Label> {
         return Vec::new();
     };
     let rates = Rates::of(records);
-    let work = records.iter().flat_map(|record| layers(record, &rates)).flatten();
-    let waits = waits.iter().map(|wait| (SKEW, *wait));
+    let work = records.iter().enumerate().flat_map(|(at, record)| {
+        let again = known.again.get(at).copied().unwrap_or(false);
+        let excess_ns = known.excess_ns.get(at).copied().unwrap_or(0);
+        layers(record, again, excess_ns, &rates)
+    });
+    let waits = known.waits.iter().map(|wait| (SKEW, *wait));
+    let moves = known.moves.iter().flat_map(|moving| {
+        let [needed, beyond] = cut(moving.window, moving.needs_ns);
+        [(TRANSFER, needed), (NET, beyond)]
+    });
     let mut labels = Labels::default();
-    for segment in sweep::sweep(all, work.chain(waits)) {
-        // A wait is a stretch of a collective's own kernel, and counts only where that ran.
+    for segment in sweep::sweep(all, work.flatten().chain(waits).chain(moves)) {
         let active = if segment.active & (1 << COMM) == 0 {
-            segment.active & !(1 << SKEW)
+            segment.active & !WITHIN_COMM
         } else {
             segment.active
         };
@@ -72,24 +110,33 @@ pub fn label(records: &[Record], waits: &[Window], host: &Host) -> Vec<Label> {
     labels.0
 }
 
-fn layers(record: &Record, rates: &Rates) -> [Option<(usize, Window)>; 2] {
+fn layers(record: &Record, again: bool, excess_ns: u64, rates: &Rates) -> [Option<(usize, Window)>; 2] {
     let whole = |layer| [Some((layer, record.window)), None];
+    let compute = |layer| {
+        let [usual, beyond] = cut(record.window, record.window.len_ns().saturating_sub(excess_ns));
+        [Some((layer, usual)), Some((SLOWED, beyond))]
+    };
     match record.work {
         Work::Kernel(super::KernelClass::Communication) => whole(COMM),
-        Work::Kernel(class) if class.is_matmul() => whole(MATMUL),
-        Work::Kernel(super::KernelClass::Unknown) => whole(UNNAMED),
-        Work::Kernel(_) => whole(NONMATMUL),
+        Work::Kernel(_) if again => whole(REPEATED),
+        Work::Kernel(class) if class.is_matmul() => compute(MATMUL),
+        Work::Kernel(super::KernelClass::Unknown) => compute(UNNAMED),
+        Work::Kernel(_) => compute(NONMATMUL),
         Work::OnDevice => whole(COPY),
         Work::ToDevice | Work::ToHost => {
-            let (start, end) = (record.window.start_ns(), record.window.end_ns());
-            let at_best = rates.least_ns(record).unwrap_or(0);
-            let cut = start.saturating_add(at_best).min(end);
-            [
-                Window::new(start, cut).map(|part| (COPY, part)),
-                Window::new(cut, end).map(|part| (SLOW_COPY, part)),
-            ]
+            let [at_best, beyond] = cut(record.window, rates.least_ns(record).unwrap_or(0));
+            [Some((COPY, at_best)), Some((SLOW_COPY, beyond))]
         }
     }
+}
+
+/// The first `first_ns` of a window and the rest.
+fn cut(window: Window, first_ns: u64) -> [Window; 2] {
+    let at = window.start_ns().saturating_add(first_ns).min(window.end_ns());
+    [
+        Window::new(window.start_ns(), at).unwrap_or(window),
+        Window::new(at, window.end_ns()).unwrap_or_default(),
+    ]
 }
 
 /// The idle time from the end of `p` to the start of `n`: until the launch of what runs next it is the host's.

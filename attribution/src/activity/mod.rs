@@ -1,14 +1,17 @@
 //! Budgets from GPU activity records: when each kernel and copy ran, as the device itself recorded it.
 //!
-//! Every nanosecond of a GPU between its first and its last record gets one leaf ([`label()`]): the sweep compute >
+//! Every nanosecond of a GPU between its first and its last record gets one leaf ([`Label`]): the sweep compute >
 //! communication > memory > idle decides what runs, and an idle gap is explained by what the host did before it
 //! launched what ended the gap. Budgets, steps and blame are sums over these labels, so all of them agree to the ns.
 
 mod analyse;
 mod collectives;
+mod contention;
+mod efficiency;
 mod host;
 mod kernels;
 mod label;
+mod math;
 mod steps;
 mod verdict;
 
@@ -20,8 +23,9 @@ use crate::time::Window;
 
 pub use analyse::analyse;
 pub use host::Host;
-pub use kernels::{KernelClass, TABLE};
-pub use label::{Label, label};
+pub use kernels::{KernelClass, Pipe, TABLE};
+pub use label::Label;
+pub use math::MathOp;
 pub use steps::{Pattern, pattern};
 
 /// What a record is of.
@@ -59,8 +63,14 @@ pub struct Record {
     pub launch: Option<Launch>,
     /// Bytes moved; `None` when the trace does not say.
     pub bytes: Option<u64>,
-    /// Equal for equal work: name and grid.
+    /// Equal for equal work: name, and grid and block where the trace gives them.
     pub token: u64,
+    /// Whether the token tells shapes apart: without a grid one name may stand for different work.
+    pub shaped: bool,
+    /// Which units a matrix kernel uses, where its name tells.
+    pub pipe: Option<Pipe>,
+    /// A copy from or to memory that the host had not pinned.
+    pub pageable: bool,
     /// Communicator and message of a communication kernel, equal on all its ranks.
     pub collective: Option<Collective>,
 }
@@ -74,6 +84,9 @@ pub struct Collective {
     pub ranks: u32,
     /// Operation and size, equal on all ranks.
     pub message: u64,
+    /// Bytes that the slowest link of each rank carries for it in a bandwidth-optimal algorithm, as bus bandwidth
+    /// counts them; `None` when the trace does not give the size.
+    pub bus_bytes: Option<u64>,
 }
 
 /// What a host thread did, in the priority in which overlapping ranges are swept (first wins).
@@ -106,6 +119,15 @@ pub struct HostRange {
     pub doing: Doing,
 }
 
+/// A stretch of a host thread in which it issued work of one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Issued {
+    /// Which thread.
+    pub thread: u32,
+    /// When.
+    pub window: Window,
+}
+
 /// One GPU of one rank, with all its records.
 #[derive(Debug, Clone)]
 pub struct Device {
@@ -122,6 +144,10 @@ pub struct RankTrace {
     pub devices: Vec<Device>,
     /// What its threads did.
     pub host: Vec<HostRange>,
+    /// When threads issued forward work a second time, in the backward pass (activation checkpointing).
+    pub repeated: Vec<Issued>,
+    /// Operators whose arithmetic their shapes tell.
+    pub math: Vec<MathOp>,
     /// Steps that the job marked, on the host's clock.
     pub marks: Vec<Window>,
     /// Thread of the training loop.
@@ -139,6 +165,25 @@ pub struct TraceJob {
     pub job: String,
     /// Kind of job, or `unknown`.
     pub kind: String,
+    /// What is known of it from outside the traces.
+    pub declared: Declared,
     /// One per trace.
     pub ranks: Vec<RankTrace>,
+}
+
+/// What the user says of a job.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Declared {
+    /// The model's own arithmetic per GPU and step, FLOP.
+    pub model_flops_per_step: Option<u64>,
+    /// Arithmetic per GPU and step with what is repeated, FLOP.
+    pub hardware_flops_per_step: Option<u64>,
+    /// How the two were told, in words.
+    pub flops_from: String,
+    /// Peak to measure against, FLOP/s, in place of the table's.
+    pub peak_flops_per_s: Option<u64>,
+    /// Precision whose peak counts, in place of that of most arithmetic.
+    pub precision: Option<crate::peaks::Precision>,
+    /// Bus bandwidth a collective should reach, bytes/s, in place of the best that the traces show.
+    pub bus_bytes_per_s: Option<u64>,
 }

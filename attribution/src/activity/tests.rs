@@ -20,6 +20,9 @@ fn record(start: u64, end: u64, work: Work, launch: Option<u64>) -> Record {
         launch: launch.map(|at_ns| Launch { at_ns, thread: 1 }),
         bytes: None,
         token: 1,
+        shaped: true,
+        pipe: None,
+        pageable: false,
         collective: (work == COMM).then(Collective::default_message),
     }
 }
@@ -30,6 +33,7 @@ impl Collective {
             group: 0,
             ranks: 0,
             message: 1,
+            bus_bytes: None,
         }
     }
 }
@@ -53,6 +57,8 @@ fn rank(rank: u32, world: u32, records: Vec<Record>, host: Vec<HostRange>) -> Ra
             records,
         }],
         host,
+        repeated: Vec::new(),
+        math: Vec::new(),
         marks: Vec::new(),
         main_thread: Some(1),
         realtime_offset_ns: None,
@@ -64,6 +70,7 @@ fn explain(ranks: Vec<RankTrace>) -> JobAnalysis {
     analyse(TraceJob {
         job: "job".into(),
         kind: "unknown".into(),
+        declared: Declared::default(),
         ranks,
     })
 }
@@ -155,6 +162,192 @@ fn launching_after_a_drain_is_the_price_of_the_synchronisation() {
         (total.leaf_ns(Leaf::IdleCpuSync), total.leaf_ns(Leaf::IdleLaunch)),
         (7_000, 1_000)
     );
+}
+
+#[test]
+fn kernels_issued_again_are_recomputation() {
+    let records = vec![
+        record(0, 1_000, GEMM, Some(10)),
+        record(1_000, 1_700, GEMM, Some(20)),
+    ];
+    let mut trace = rank(0, 1, records, Vec::new());
+    let issued = |thread, start, end| Issued {
+        thread,
+        window: window(start, end),
+    };
+    trace.repeated = vec![issued(1, 15, 25), issued(2, 5, 15)];
+    let analysis = explain(vec![trace]);
+    only(
+        &analysis.gpus[0].total,
+        &[(Leaf::ComputeKernel, 1_000), (Leaf::ComputeRecompute, 700)],
+    );
+}
+
+/// Five runs of one kernel by itself, and two beside a collective: one 400 longer, one 100 shorter.
+fn beside_a_collective(shaped: bool) -> JobAnalysis {
+    let mut records: Vec<Record> = (0..5)
+        .map(|at| record(at * 1_000, at * 1_000 + 500, GEMM, Some(0)))
+        .collect();
+    records.push(record(5_000, 5_900, GEMM, Some(0)));
+    records.push(record(6_000, 6_400, GEMM, Some(0)));
+    records.push(record(5_000, 6_400, COMM, Some(0)));
+    for record in &mut records {
+        record.shaped = shaped;
+    }
+    explain(vec![rank(0, 1, records, Vec::new())])
+}
+
+#[test]
+fn running_longer_beside_a_collective_is_contention() {
+    let total = &beside_a_collective(true).gpus[0].total;
+    assert_eq!(total.leaf_ns(Leaf::ComputeContention), 300);
+    assert!(total.is_measured(Leaf::ComputeContention));
+    assert_eq!(total.class_ns(Class::Compute), 5 * 500 + 900 + 400);
+}
+
+#[test]
+fn without_shapes_contention_is_not_measured() {
+    let analysis = beside_a_collective(false);
+    assert!(!analysis.gpus[0].total.is_measured(Leaf::ComputeContention));
+    assert!(
+        analysis
+            .work
+            .notes
+            .iter()
+            .any(|note| note.contains("compute.contention: 100 %"))
+    );
+}
+
+/// Two ranks, four collectives of one size; the last takes 600 where the best takes 100, after 50 of waiting.
+fn slow_collective(bus_bytes: Option<u64>, declared: Declared) -> JobAnalysis {
+    let collective = Collective {
+        bus_bytes,
+        ..Collective::default_message()
+    };
+    let lengths = [100, 110, 120, 600];
+    let traces = (0..2).map(|at| {
+        let records = (0_u64..).zip(lengths).map(|(number, length)| {
+            let start = number * 10_000;
+            let own = start + 50 * u64::from(at);
+            Record {
+                collective: Some(collective),
+                ..record(own, start + 50 + length, COMM, Some(0))
+            }
+        });
+        rank(at, 2, records.collect(), Vec::new())
+    });
+    analyse(TraceJob {
+        job: "job".into(),
+        kind: "unknown".into(),
+        declared,
+        ranks: traces.collect(),
+    })
+}
+
+#[test]
+fn collectives_are_measured_against_the_best_of_their_size() {
+    let analysis = slow_collective(Some(1_000), Declared::default());
+    for gpu in &analysis.gpus {
+        let leaves = [Leaf::CommTransfer, Leaf::CommNet, Leaf::CommProto].map(|leaf| gpu.total.leaf_ns(leaf));
+        assert_eq!(leaves, [400, 530, 0]);
+        assert!(gpu.total.is_measured(Leaf::CommNet));
+    }
+    assert!(
+        analysis
+            .work
+            .notes
+            .iter()
+            .any(|note| note.contains("as the best collective"))
+    );
+}
+
+#[test]
+fn collectives_are_measured_against_the_bandwidth_given() {
+    let declared = Declared {
+        bus_bytes_per_s: Some(20_000_000_000),
+        ..Declared::default()
+    };
+    let analysis = slow_collective(Some(1_000), declared);
+    let total = &analysis.gpus[0].total;
+    assert_eq!(
+        [total.leaf_ns(Leaf::CommTransfer), total.leaf_ns(Leaf::CommNet)],
+        [200, 730]
+    );
+    let analysis = slow_collective(None, Declared::default());
+    assert!(
+        !analysis.gpus[0].total.is_measured(Leaf::CommTransfer),
+        "no size, no reference"
+    );
+    assert_eq!(analysis.gpus[0].total.leaf_ns(Leaf::CommProto), 930);
+}
+
+/// Two steps of 1,000 on an H100 that need a tenth of the peak each.
+fn declared_math(flops: u64) -> JobAnalysis {
+    let records = vec![
+        record(0, 1_000, GEMM, Some(10)),
+        record(1_000, 2_000, GEMM, Some(20)),
+    ];
+    let mut trace = rank(0, 1, records, Vec::new());
+    trace.devices[0].subject.device = "NVIDIA H100 80GB HBM3".into();
+    trace.marks = vec![window(10, 20), window(20, 30)];
+    analyse(TraceJob {
+        job: "job".into(),
+        kind: "unknown".into(),
+        declared: Declared {
+            model_flops_per_step: Some(flops),
+            hardware_flops_per_step: Some(flops / 3 * 4),
+            ..Declared::default()
+        },
+        ranks: vec![trace],
+    })
+}
+
+#[test]
+fn declared_flops_split_compute_and_give_an_mfu() {
+    // 989.4 TFLOP/s for 100 ns.
+    let analysis = declared_math(98_940_000);
+    assert_eq!((analysis.mfu_ppm, analysis.mfu_declared), (Some(100_000), true));
+    let total = &analysis.gpus[0].total;
+    // Repeated work reaches 794.5 of 989.4 at best: 2 * 133 * (989.4 / 794.5 - 1).
+    let leaves = [Leaf::Ideal, Leaf::ComputePlatform, Leaf::ComputeKernel].map(|leaf| total.leaf_ns(leaf));
+    assert_eq!(leaves, [200, 65, 1_735]);
+    assert_eq!(analysis.work.efficiency.unwrap().hfu_ppm, Some(133_000));
+}
+
+#[test]
+fn more_math_than_the_peak_allows_still_sums() {
+    let analysis = declared_math(98_940_000_000);
+    let total = &analysis.gpus[0].total;
+    assert_eq!(total.leaf_ns(Leaf::Ideal), 2_000);
+    assert_eq!(total.window_ns(), 2_000);
+}
+
+#[test]
+fn shapes_tell_the_arithmetic_of_the_kernels_they_launched() {
+    let mut records = vec![
+        record(0, 1_000, GEMM, Some(10)),
+        record(1_000, 1_250, GEMM, Some(20)),
+    ];
+    records[0].pipe = Some(Pipe::Tensor);
+    let mut trace = rank(0, 1, records, Vec::new());
+    trace.devices[0].subject.device = "NVIDIA A100-SXM4-80GB".into();
+    // 156 TFLOP/s for 100 ns; the other kernel's operator has no shapes.
+    trace.math = vec![MathOp {
+        thread: 1,
+        window: window(5, 15),
+        flops: 15_600_000,
+        precision: crate::peaks::Precision::Fp32,
+    }];
+    let analysis = explain(vec![trace]);
+    let total = &analysis.gpus[0].total;
+    assert_eq!(total.leaf_ns(Leaf::Ideal), 125);
+    let bounds: Vec<_> = total
+        .intervals()
+        .iter()
+        .map(|of| (of.leaf, of.low_ns, of.high_ns))
+        .collect();
+    assert_eq!(bounds[0], (Leaf::Ideal, 100, 150));
+    assert_eq!((analysis.mfu_ppm, analysis.mfu_declared), (Some(100_000), false));
 }
 
 #[test]

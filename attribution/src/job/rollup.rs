@@ -71,6 +71,7 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
             .filter(|_| total_ns > 0)
             .map(|ideal| u32::try_from(mul_div(ideal, PPM, total_ns)).unwrap_or(u32::MAX)),
         mfu_declared: ideal_ns.is_some() && declared(&ranks),
+        work: super::WorkAccount::default(),
         gpus,
     }
 }

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use memchr::memmem;
 use stallscope_attribution::activity::{
-    Collective, Device, Doing, HostRange, KernelClass, Launch, RankTrace, Record, Work,
+    Collective, Device, Doing, HostRange, KernelClass, Launch, Pipe, RankTrace, Record, Work,
 };
 use stallscope_attribution::facts::{GpuSubject, RecordGap};
 use stallscope_attribution::time::Window;
@@ -12,6 +13,7 @@ use stallscope_attribution::time::Window;
 use super::decimal::{BadTime, micros_to_ns};
 use super::event::{Args, Category, Event, number, text};
 use super::header::Header;
+use super::operators::{Operators, Role};
 use super::{Trace, TraceError, host};
 
 /// Times from here on are of `CLOCK_REALTIME`: September 2001, ns.
@@ -60,21 +62,30 @@ impl<T: Copy> ByName<T> {
     }
 }
 
+/// A call that launched work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Launched {
+    launch: Launch,
+    /// Hash of the grid and block of the kernel, where the trace tells them of the call and not of the kernel.
+    shape: Option<u64>,
+}
+
 /// Takes events in any order.
 #[derive(Default)]
 pub(super) struct Collector {
     events: u64,
     losses: Losses,
     gpu: Vec<Raw>,
-    launches: HashMap<u64, Launch>,
+    launches: HashMap<u64, Launched>,
     threads: HashMap<Box<str>, u32>,
     last_thread: Option<(Box<[u8]>, u32)>,
-    kernels: ByName<Work>,
+    kernels: ByName<(Work, Option<Pipe>)>,
     calls: ByName<(bool, Doing)>,
-    operators: ByName<Doing>,
+    meanings: ByName<(Doing, Role)>,
     busy: BTreeMap<u32, Vec<Window>>,
     named: Vec<HostRange>,
     marks: Vec<(Window, u32)>,
+    operators: Operators,
     /// Kernels of no known class: count and time by name.
     unknown: HashMap<Box<str>, (u64, u64)>,
 }
@@ -116,13 +127,13 @@ impl Collector {
         let Some(device) = device.and_then(|device| u32::try_from(device).ok()) else {
             return self.malformed();
         };
-        let work = match category {
+        let (work, pipe) = match category {
             Category::Kernel => {
-                let class = |name: &str| Work::Kernel(KernelClass::of(name));
-                self.kernels.of(event.raw_name(), class)
+                let meaning = |name: &str| (Work::Kernel(KernelClass::of(name)), Pipe::of(name));
+                self.kernels.of(event.raw_name(), meaning)
             }
-            Category::Copy => copy(&text(event.raw_name())),
-            _ => Work::OnDevice,
+            Category::Copy => (copy(&text(event.raw_name())), None),
+            _ => (Work::OnDevice, None),
         };
         if work == Work::Kernel(KernelClass::Unknown) {
             self.unknown(&text(event.raw_name()), window);
@@ -137,7 +148,10 @@ impl Collector {
                 stream: u32::try_from(stream).unwrap_or(u32::MAX),
                 launch: None,
                 bytes: number(args.bytes),
-                token: hash(&(event.raw_name(), args.grid)),
+                token: hash(&(event.raw_name(), args.grid, args.block)),
+                shaped: !args.grid.is_empty(),
+                pipe,
+                pageable: memmem::find(event.raw_name(), b"Pageable").is_some(),
                 collective,
             },
             correlation: number(args.correlation).unwrap_or(0),
@@ -156,10 +170,16 @@ impl Collector {
         let (is_launch, doing) = self.calls.of(event.raw_name(), |name| {
             (host::is_launch(name), host::of_call(name))
         });
-        if is_launch && let Some(correlation) = number(event.args().correlation).filter(|id| *id > 0) {
-            let launch = Launch {
-                at_ns: window.start_ns(),
-                thread,
+        if is_launch
+            && let args = event.args()
+            && let Some(correlation) = number(args.correlation).filter(|id| *id > 0)
+        {
+            let launch = Launched {
+                launch: Launch {
+                    at_ns: window.start_ns(),
+                    thread,
+                },
+                shape: (!args.grid.is_empty()).then(|| hash(&(args.grid, args.block))),
             };
             let known = self.launches.entry(correlation).or_insert(launch);
             *known = launch.min(*known);
@@ -173,7 +193,9 @@ impl Collector {
             // The mark spans the step whatever the thread does in it.
             return self.marks.push((window, thread));
         }
-        let doing = self.operators.of(event.raw_name(), host::of_operator);
+        let meaning = |name: &str| (host::of_operator(name), Role::of(name));
+        let (doing, role) = self.meanings.of(event.raw_name(), meaning);
+        self.operators.take(role, window, thread, event.raw_args());
         self.range(window, thread, doing);
     }
 
@@ -248,6 +270,8 @@ impl Collector {
             records: RankTrace {
                 devices,
                 host: self.ranges(),
+                repeated: self.operators.repeated(),
+                math: self.operators.math(),
                 marks: self.marks.iter().map(|(window, _)| *window).collect(),
                 main_thread,
                 realtime_offset_ns,
@@ -277,12 +301,17 @@ impl Collector {
         raws.dedup_by(|a, b| key(a) == key(b));
         self.losses.duplicates += (found - raws.len()) as u64;
         for raw in raws {
-            let launch = self.launches.get(&raw.correlation).copied();
-            self.losses.without_launch += u64::from(launch.is_none());
-            devices
-                .entry(raw.device)
-                .or_default()
-                .push(Record { launch, ..raw.record });
+            let launched = self.launches.get(&raw.correlation).copied();
+            self.losses.without_launch += u64::from(launched.is_none());
+            let mut record = raw.record;
+            record.launch = launched.map(|launched| launched.launch);
+            if let Some(shape) = launched.and_then(|launched| launched.shape)
+                && !record.shaped
+            {
+                record.token = hash(&(record.token, shape));
+                record.shaped = true;
+            }
+            devices.entry(raw.device).or_default().push(record);
         }
         let subject = |gpu: u32| GpuSubject {
             job: String::new(),
@@ -417,16 +446,35 @@ fn collective(name: &str, args: &Args<'_>) -> Collective {
     let even = ["allreduce", "_allgather_base", "_reduce_scatter_base"].contains(&operation.as_ref());
     let size = even.then_some((args.elements, args.dtype));
     let function = name.split('(').next().unwrap_or_default();
+    let ranks = number(args.group_size);
     Collective {
         group: if args.group_name.is_empty() {
             0
         } else {
             hash(&(args.group_name, args.group_ranks)).max(1)
         },
-        ranks: number(args.group_size)
-            .and_then(|ranks| u32::try_from(ranks).ok())
-            .unwrap_or(0),
+        ranks: ranks.and_then(|ranks| u32::try_from(ranks).ok()).unwrap_or(0),
         message: hash(&(function, operation.as_ref(), size)),
+        bus_bytes: ranks.and_then(|ranks| bus_bytes(&operation, args, ranks)),
+    }
+}
+
+/// Bytes on the slowest link of each rank, as nccl-tests counts bus bandwidth.
+fn bus_bytes(operation: &str, args: &Args<'_>, ranks: u64) -> Option<u64> {
+    let element = match text(args.dtype).as_ref() {
+        "Byte" | "Char" | "Bool" | "Float8_e4m3fn" | "Float8_e5m2" => 1,
+        "Half" | "BFloat16" => 2,
+        "Float" | "Int" => 4,
+        "Double" | "Long" => 8,
+        _ => return None,
+    };
+    let input = number(args.elements)?.checked_mul(element)?;
+    let others = ranks.checked_sub(1)?;
+    match operation {
+        "allreduce" => input.checked_mul(2)?.checked_mul(others)?.checked_div(ranks),
+        "_allgather_base" => input.checked_mul(others),
+        "_reduce_scatter_base" => input.checked_mul(others)?.checked_div(ranks),
+        _ => None,
     }
 }
 

@@ -76,9 +76,14 @@ impl<'a> Event<'a> {
         self.fields.dur.of(self.text)
     }
 
+    /// The arguments as the text has them.
+    pub(super) fn raw_args(self) -> &'a [u8] {
+        self.fields.args.of(self.text)
+    }
+
     /// The arguments; none where they are no object.
     pub(super) fn args(self) -> Args<'a> {
-        Args::find(self.fields.args.of(self.text))
+        Args::find(self.raw_args())
     }
 }
 
@@ -90,6 +95,7 @@ pub(super) struct Args<'a> {
     pub(super) correlation: &'a [u8],
     pub(super) bytes: &'a [u8],
     pub(super) grid: &'a [u8],
+    pub(super) block: &'a [u8],
     pub(super) collective: &'a [u8],
     pub(super) elements: &'a [u8],
     pub(super) dtype: &'a [u8],
@@ -109,6 +115,7 @@ impl<'a> Args<'a> {
                 b"correlation" => args.correlation = value,
                 b"bytes" => args.bytes = value,
                 b"grid" => args.grid = value,
+                b"block" => args.block = value,
                 b"Collective name" => args.collective = value,
                 b"In msg nelems" => args.elements = value,
                 b"dtype" => args.dtype = value,

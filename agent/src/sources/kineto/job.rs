@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use stallscope_attribution::activity::TraceJob;
+use stallscope_attribution::activity::{Declared, TraceJob};
 
 use super::Trace;
 
@@ -98,6 +98,7 @@ pub fn job(name: &str, traces: Vec<(String, Trace)>) -> Result<TraceJob, JobErro
     Ok(TraceJob {
         job: name.to_owned(),
         kind: "unknown".to_owned(),
+        declared: Declared::default(),
         ranks,
     })
 }

@@ -9,6 +9,7 @@ mod event;
 mod header;
 mod host;
 mod job;
+mod operators;
 mod scan;
 mod walk;
 
