@@ -25,6 +25,9 @@ pub struct Truth {
     /// Where it sits.
     #[serde(rename = "where", default)]
     pub place: Place,
+    /// Causes that were at work beside it, not enough to have to be named.
+    #[serde(default)]
+    pub also: Vec<String>,
     /// Leaves by name, in ns of GPU time summed over all GPUs.
     pub leaves: BTreeMap<String, i64>,
     /// Model FLOPs utilisation in percent.
@@ -86,6 +89,17 @@ impl Truth {
     pub fn is_met_by(&self, accusation: &Accusation) -> bool {
         accusation.cause == self.cause && self.place.is_met_by(&accusation.place)
     }
+
+    /// Whether an accusation names what was at work without being the cause.
+    fn allows(&self, accusation: &Accusation) -> bool {
+        self.also.contains(&accusation.cause)
+    }
+
+    /// Whether what a report names first is right: the cause, or where there is none, what was at work nevertheless.
+    fn accepts_first(&self, first: &Accusation) -> bool {
+        let nobody = NOT_A_CULPRIT.contains(&self.cause.as_str());
+        self.is_met_by(first) || nobody && self.allows(first)
+    }
 }
 
 impl Place {
@@ -128,13 +142,17 @@ pub fn judge(truth: &Truth, report: &Value) -> Judgement {
     let false_culprits = accusations
         .iter()
         .filter(|accusation| !NOT_A_CULPRIT.contains(&accusation.cause.as_str()))
-        .filter(|accusation| accusation.confidence != "low" && !truth.is_met_by(accusation))
+        .filter(|accusation| {
+            accusation.confidence != "low" && !truth.is_met_by(accusation) && !truth.allows(accusation)
+        })
         .count();
     let mfu = |points: f64| truth.mfu_points.map(|truth| (truth - points).abs());
     Judgement {
         mfu_error_points: job(report)["mfu_points"].as_f64().and_then(mfu),
         leaf_error_points: leaves::error_points(&truth.leaves, job(report)),
-        top_cause_right: accusations.first().is_some_and(|first| truth.is_met_by(first)),
+        top_cause_right: accusations
+            .first()
+            .is_some_and(|first| truth.accepts_first(first)),
         false_culprits,
     }
 }

@@ -74,3 +74,26 @@ fn leaf_error_is_the_mean_over_leaves() {
     assert_eq!(judge(&truth(), &wrong).leaf_error_points, Some(7.5));
     assert_eq!(judge(&truth(), &json!({})).leaf_error_points, None);
 }
+
+#[test]
+fn a_starved_host_may_be_named_where_the_truth_saw_one_and_nowhere_else() {
+    let starved = [verdict("host.cpu", "n1", 0, "high")];
+    let judged = |truth: &Truth| {
+        let judged = judge(truth, &report(&json!(starved)));
+        (judged.top_cause_right, judged.false_culprits)
+    };
+    let healthy = Truth {
+        cause: "none".to_owned(),
+        place: Place::default(),
+        ..truth()
+    };
+    assert_eq!(judged(&healthy), (false, 1));
+    let also = vec!["host.cpu".to_owned()];
+    let crowded = Truth {
+        also: also.clone(),
+        ..healthy
+    };
+    assert_eq!(judged(&crowded), (true, 0));
+    let thermal = Truth { also, ..truth() };
+    assert_eq!(judged(&thermal), (false, 0), "the fault must still come first");
+}

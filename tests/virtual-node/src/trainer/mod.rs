@@ -1,6 +1,7 @@
 //! The training job's ranks: what they do is what a data-parallel training loop does, through the same libraries.
 
 mod checkpoint;
+mod delay;
 pub(crate) mod driver;
 mod kernels;
 pub(crate) mod loader;
@@ -18,6 +19,7 @@ use virtual_node_state::control::{Control, RankControl};
 use virtual_node_state::map::Shared;
 
 use crate::plan::{Plan, STORE_PORT};
+use delay::Delays;
 use driver::{Collectives, Communicator, Device, Object};
 use kernels::Kernels;
 use loader::Loaders;
@@ -113,15 +115,6 @@ fn share_id(plan: &Plan, rank: u32, collectives: &Collectives) -> anyhow::Result
     bail!("rank 0 did not open the job's store within 30 s")
 }
 
-/// Time this thread has waited for a processor so far; 0 on a kernel that does not say.
-fn run_delay_ns() -> u64 {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    text.split_whitespace()
-        .nth(1)
-        .and_then(|word| word.parse().ok())
-        .unwrap_or(0)
-}
-
 impl Trainer {
     fn knobs(&self) -> &RankControl {
         &self.control.ranks[self.rank as usize]
@@ -129,6 +122,7 @@ impl Trainer {
 
     fn train(mut self) -> anyhow::Result<()> {
         let sync_every = self.plan.scenario.job.sync_every;
+        let mut delays = Delays::default();
         for step in 0.. {
             if step >= self.control.stop_at_step.load(SeqCst) {
                 break;
@@ -143,7 +137,7 @@ impl Trainer {
             if every > 0 && (step + 1) % every == 0 {
                 self.checkpoint(step)?;
             }
-            self.span(SpanKind::Step, begin, [step, 0, 0])?;
+            self.span(SpanKind::Step, begin, [step, delays.longest_ns(), 0])?;
             self.spans.flush()?;
         }
         self.device.synchronize_all()?;
@@ -196,9 +190,9 @@ impl Trainer {
         self.device
             .copy_to_host(self.loss, self.gradients, 4, self.compute)?;
         if synchronise {
-            let (begin, delay) = (now_ns(), run_delay_ns());
+            let (begin, delay) = (now_ns(), delay::own_ns());
             self.device.synchronize(self.compute)?;
-            let delay_ns = run_delay_ns().saturating_sub(delay);
+            let delay_ns = delay::own_ns().saturating_sub(delay);
             self.span(SpanKind::Sync, begin, [delay_ns, 0, 0])?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use crate::plan::Node;
 /// What a span was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SpanKind {
-    /// A whole step; `first` is its index.
+    /// A whole step; `first` is its index, `second` the longest time that a thread of the process wanted a processor.
     Step,
     /// Waiting for a batch; the loader's own account of it: `first` ns computing or wanting a processor, `second` ns
     /// blocked in reads, `third` ns in all. What remains was taken by the group's quota.

@@ -14,6 +14,8 @@ pub(super) struct Rank {
     pub(super) collectives: Vec<Record>,
     /// Begin and end of each step, from the first.
     pub(super) steps: Vec<(u64, u64)>,
+    /// The longest wait of a thread for a processor in each step, ns.
+    pub(super) delays: Vec<u64>,
 }
 
 /// Nanoseconds by (rank, leaf) in one step; sums to the step's time over all ranks.
@@ -37,6 +39,7 @@ impl Rank {
             pieces,
             collectives,
             steps,
+            delays: Vec::new(),
         }
     }
 }

@@ -2,6 +2,7 @@
 //! the attribution it is compared with.
 
 mod blame;
+mod starved;
 mod sweep;
 
 use anyhow::{Context, ensure};
@@ -18,6 +19,8 @@ use sweep::{Leaf, Leaves, sum, tile};
 
 /// A fault that costs less than this share of GPU time is none.
 const LEAST_EFFECT: f64 = 0.02;
+/// The cause of a host that has too few processors for what wants to run.
+const HOST_CPU: &str = "host.cpu";
 
 /// Reads the logs and writes `truth.json`.
 pub(crate) fn tell(plan: &Plan, faults: &[Switch]) -> anyhow::Result<()> {
@@ -53,6 +56,14 @@ fn steps_of(spans: &[Span]) -> Vec<(u64, u64)> {
         .collect()
 }
 
+fn delays_of(spans: &[Span]) -> Vec<u64> {
+    spans
+        .iter()
+        .filter(|span| span.kind == SpanKind::Step)
+        .map(|span| span.second)
+        .collect()
+}
+
 impl Story {
     fn new(logs: Vec<(Vec<log::Record>, Vec<Span>)>) -> anyhow::Result<Self> {
         let steps: Vec<Vec<(u64, u64)>> = logs.iter().map(|(_, spans)| steps_of(spans)).collect();
@@ -72,7 +83,9 @@ impl Story {
         let mut ranks = Vec::new();
         for ((records, spans), steps) in logs.into_iter().zip(steps) {
             let pieces = tile(&records, &spans, from_ns, to_ns);
-            ranks.push(Rank::new(pieces, &records, steps));
+            let mut rank = Rank::new(pieces, &records, steps);
+            rank.delays = delays_of(&spans);
+            ranks.push(rank);
         }
         let steps = move_skew(&ranks);
         Ok(Self {
@@ -146,12 +159,21 @@ impl Story {
         let worst = worst
             .filter(|(effect, _)| **effect >= LEAST_EFFECT)
             .map(|(_, switch)| switch);
+        let starved = starved::share(&self.ranks);
+        let unexplained = if starved >= starved::CAUSE {
+            HOST_CPU
+        } else {
+            "none"
+        };
+        let cause = worst.map_or(unexplained, |switch| switch.fault.name.cause());
         let leaves = self.leaves(self.from_ns, self.to_ns);
         let total = (self.to_ns - self.from_ns) as f64 * self.ranks.len() as f64;
         let mfu = leaves.get("ideal").copied().unwrap_or(0) as f64 / total;
         json!({
             "scenario": plan.scenario.name,
-            "cause": worst.map_or("none", |switch| switch.fault.name.cause()),
+            "cause": cause,
+            "also": (starved >= starved::BESIDE && cause != HOST_CPU).then_some(HOST_CPU).into_iter().collect::<Vec<_>>(),
+            "starved_share": starved,
             "where": worst.map_or_else(|| json!({}), |switch| place(plan, &switch.fault)),
             "leaves": leaves,
             "leaves_since_onset": (!faults.is_empty()).then(|| self.leaves(first_onset_ns.min(self.to_ns), self.to_ns)),
