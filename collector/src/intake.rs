@@ -123,6 +123,8 @@ impl Writer {
             Ok(_) | Err(_) => None,
         });
         let verdict = failed.map_or(synced, Err);
+        let trouble = verdict.as_ref().err().map(IntakeError::to_string);
+        locked(&self.board).note_store(now_ns, trouble.as_deref());
         if verdict.is_ok() {
             self.show(fresh, now_ns);
         }

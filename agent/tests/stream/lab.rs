@@ -39,8 +39,18 @@ impl Authority {
     }
 
     pub(crate) fn issue(&self, name: &str) -> IdentityFiles {
+        self.sign(name, CertificateParams::new(vec![name.to_owned()]).unwrap())
+    }
+
+    pub(crate) fn issue_expired(&self, name: &str) -> IdentityFiles {
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+        self.sign(name, params)
+    }
+
+    fn sign(&self, name: &str, params: CertificateParams) -> IdentityFiles {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         let files = IdentityFiles {
             ca: self.dir.join("ca.pem"),

@@ -281,6 +281,30 @@ async fn a_node_whose_certificate_is_foreign_is_refused_and_keeps_its_data() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_certificate_is_named_on_either_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "ours");
+    let good = lab::collector(&authority, &dir.path().join("good")).await;
+    let old_node = lab::target(good.local_addr().unwrap(), &authority.issue_expired("n1"));
+    let streaming = lab::agent(old_node, "n1", 1, spool_of(&job_records("n1", 0, 3)));
+    let trouble = streaming.trouble("does not trust this node").await;
+    assert!(trouble.to_lowercase().contains("expired"), "{trouble}");
+    assert_eq!(streaming.spool.last_acked(), 0);
+    streaming.stop().await;
+    good.stop().await;
+
+    let mut config = lab::collector_config(&authority, &dir.path().join("old"));
+    config.identity = authority.issue_expired("collector");
+    let old = Collector::start(config).await.unwrap();
+    let target = lab::target(old.local_addr().unwrap(), &authority.issue("n2"));
+    let streaming = lab::agent(target, "n2", 1, spool_of(&job_records("n2", 0, 3)));
+    let trouble = streaming.trouble("not trusted here").await;
+    assert!(trouble.to_lowercase().contains("expired"), "{trouble}");
+    streaming.stop().await;
+    old.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_whose_certificate_is_foreign_gets_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (ours, theirs) = (
@@ -398,6 +422,13 @@ async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
     let streaming = lab::agent(target, "n1", 1, spool);
     let trouble = streaming.trouble("collector cannot store").await;
     assert!(trouble.contains("No space left"), "{trouble}");
+    let cannot_store = |report: &Document| {
+        let gaps = &report.jobs[0].gaps;
+        gaps.iter()
+            .any(|gap| gap.what.contains("cannot store") && gap.what.contains("No space left"))
+    };
+    let report = document(ask(&collector, &authority, "llm").await);
+    assert!(cannot_store(&report), "{:?}", report.jobs[0].gaps);
     let acked = streaming.spool.last_acked();
     let on_disk = lab::stored(&store).len() as u64;
     assert!(acked <= on_disk, "{acked} acknowledged, {on_disk} on disk");
@@ -406,6 +437,8 @@ async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
 
     disk.resize("64m");
     streaming.caught_up().await;
+    let report = document(ask(&collector, &authority, "llm").await);
+    assert!(!cannot_store(&report), "{:?}", report.jobs[0].gaps);
     streaming.stop().await;
     collector.stop().await;
     lab::assert_stored_once(&store, "n1", 1, 5_001);

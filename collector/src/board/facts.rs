@@ -36,12 +36,20 @@ impl Board {
         let mut gaps: Vec<RecordGap> = nodes().flat_map(|(name, node)| node.all_gaps(name)).collect();
         gaps.retain(|gap| gap.window.is_none_or(|window| window.end_ns() > since_ns));
         gaps.extend(nodes().filter_map(|(name, node)| self.silence(name, node, job, now_ns)));
+        gaps.extend(self.full.as_ref().map(|(full_ns, why)| RecordGap {
+            node: String::new(),
+            window: Window::new(*full_ns, now_ns.max(*full_ns)),
+            what: format!(
+                "the collector cannot store what nodes send, they keep it and send it again: {why}"
+            ),
+            count: 0,
+        }));
         gaps.extend(earlier.into_iter().filter(|(_, gpu)| gpu.last_ns > since_ns).map(|(subject, gpu)| {
             let what = format!(
                 "the job restarted: steps of rank {} as process {} belong to an earlier run and are left out",
                 subject.rank, subject.pid
             );
-            let window = Window::new(gpu.forgotten_to_ns.max(since_ns), gpu.last_ns);
+            let window = Window::new(gpu.began_ns().max(since_ns), gpu.last_ns);
             let count = (gpu.steps.len() + gpu.spans.len()) as u64;
             RecordGap { node: subject.node.clone(), window, what, count }
         }));

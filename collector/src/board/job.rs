@@ -70,6 +70,23 @@ impl Gpu {
         steps.into_iter().chain(spans).min()
     }
 
+    /// When what is remembered began, `CLOCK_REALTIME` ns; 0 when nothing is.
+    pub(super) fn began_ns(&self) -> u64 {
+        let step = self
+            .steps
+            .front()
+            .map(|step| (step.window, step.realtime_offset_ns));
+        let span = self
+            .spans
+            .front()
+            .map(|span| (span.window, span.realtime_offset_ns));
+        let begins = step.into_iter().chain(span);
+        begins
+            .map(|(window, offset_ns)| realtime(window.start_ns(), offset_ns))
+            .min()
+            .unwrap_or(0)
+    }
+
     /// Steps that ended after a time.
     pub(super) fn steps_since(&self, since_ns: u64) -> Vec<GpuStep> {
         self.steps

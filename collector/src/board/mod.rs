@@ -63,6 +63,8 @@ pub struct Board {
     jobs: BTreeMap<String, Job>,
     entries: usize,
     refused_messages: u64,
+    /// Since when nothing can be stored, `CLOCK_REALTIME` ns, and why.
+    full: Option<(u64, String)>,
 }
 
 impl Board {
@@ -253,6 +255,17 @@ impl Board {
             if let Some(live) = live.nodes.get(name) {
                 node.absence = live.absence;
                 node.heard_ns = live.heard_ns;
+            }
+        }
+        self.full.clone_from(&live.full);
+    }
+
+    /// Whether what nodes send can be stored.
+    pub fn note_store(&mut self, now_ns: u64, trouble: Option<&str>) {
+        match trouble {
+            None => self.full = None,
+            Some(why) => {
+                self.full.get_or_insert_with(|| (now_ns, why.to_owned()));
             }
         }
     }

@@ -249,6 +249,9 @@ fn a_restarted_job_is_told_apart_from_its_earlier_run() {
         facts.gaps
     );
     assert_eq!(facts.gaps[0].count, 4);
+    let began_ns = step(0).window.start_ns().saturating_add_signed(OFFSET);
+    let window = facts.gaps[0].window.unwrap();
+    assert_eq!(window.start_ns(), began_ns, "not since 1970: {window:?}");
 }
 
 #[test]
