@@ -1,8 +1,10 @@
 //! Killing and restarting collector, agent or job leaves a correct report with its gaps named.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use stallscope_e2e::{eventually, privileged, programs};
 use test_cgroups::Tree;
@@ -12,9 +14,12 @@ use xtask::lab::cluster::Cluster;
 use xtask::lab::observe::{Run, observe, run_folder};
 use xtask::progress::Progress;
 
-/// The step at which something is killed, and the one at which it is started again: both while the fault is on.
-const KILL_AT: u64 = 60;
-const START_AT: u64 = 80;
+/// Steps during which something is away, while the fault is on.
+const COLLECTOR_AWAY: Range<u64> = 50..60;
+const AGENT_AWAY: Range<u64> = 66..80;
+/// Steps during which an agent is frozen, and the one at which the job is killed.
+const FROZEN: Range<u64> = 20..30;
+const JOB_ENDS: u64 = 75;
 
 /// Steps at the two ends of a run that may be cut off.
 const CUT_OFF: u64 = 8;
@@ -77,27 +82,38 @@ fn gaps(report: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Steps that the report covers, of the rank that has the fewest.
-fn fewest_steps(report: &Value) -> u64 {
+/// Steps that the report covers, of the rank that has the fewest and is not on the node `but`.
+fn fewest_steps(report: &Value, but: &str) -> u64 {
     let gpus = report["jobs"][0]["gpus"].as_array().cloned().unwrap_or_default();
     gpus.iter()
+        .filter(|gpu| gpu["node"].as_str() != Some(but))
         .filter_map(|gpu| gpu["steps"]["count"].as_u64())
         .min()
         .unwrap_or(0)
 }
 
+/// Both in one run, one after the other: a run takes most of a minute.
 #[test]
-fn a_killed_collector_loses_nothing() -> Result<()> {
-    if !privileged("a_killed_collector_loses_nothing") {
+fn a_killed_collector_loses_nothing_and_a_killed_agent_leaves_a_named_gap() -> Result<()> {
+    if !privileged("a_killed_collector_loses_nothing_and_a_killed_agent_leaves_a_named_gap") {
         return Ok(());
     }
-    let mut last_step = 0;
+    let (mut last_step, mut node) = (0, String::new());
     let mut disturbed = run_disturbed(|cluster, step| {
         last_step = step;
-        if (KILL_AT..START_AT).contains(&step) && cluster.collector_pid().is_some() {
+        let is_down = cluster.collector_pid().is_none();
+        if COLLECTOR_AWAY.contains(&step) && !is_down {
             cluster.kill_collector();
-        } else if step >= START_AT && cluster.collector_pid().is_none() {
+        } else if step >= COLLECTOR_AWAY.end && is_down {
             cluster.start_collector()?;
+        }
+        let agent = cluster.agents().last().context("no agents")?;
+        let (index, is_running) = (cluster.agents().len() - 1, agent.pid().is_some());
+        if AGENT_AWAY.contains(&step) && is_running {
+            node.clone_from(&agent.node().name);
+            cluster.kill_agent(index);
+        } else if step >= AGENT_AWAY.end && !is_running {
+            cluster.start_agent(index)?;
         }
         Ok(())
     })?;
@@ -105,7 +121,7 @@ fn a_killed_collector_loses_nothing() -> Result<()> {
     disturbed.run.report = eventually(CATCH_UP, || {
         disturbed.cluster.check_running()?;
         let report: Value = serde_json::from_str(&disturbed.cluster.report("json")?)?;
-        let missing = last_step.saturating_sub(fewest_steps(&report));
+        let missing = last_step.saturating_sub(fewest_steps(&report, &node));
         ensure!(
             missing < CUT_OFF,
             "{missing} of {last_step} steps are missing; gaps {:?}",
@@ -113,57 +129,55 @@ fn a_killed_collector_loses_nothing() -> Result<()> {
         );
         Ok(report)
     })?;
-    is_right(&disturbed.run)
-}
-
-#[test]
-fn a_killed_agent_leaves_a_named_gap() -> Result<()> {
-    if !privileged("a_killed_agent_leaves_a_named_gap") {
-        return Ok(());
-    }
-    let mut node = String::new();
-    let Disturbed { run, .. } = run_disturbed(|cluster, step| {
-        let agent = cluster.agents().last().context("no agents")?;
-        let (index, is_running) = (cluster.agents().len() - 1, agent.pid().is_some());
-        if (KILL_AT..START_AT).contains(&step) && is_running {
-            node.clone_from(&agent.node().name);
-            cluster.kill_agent(index);
-        } else if step >= START_AT && !is_running {
-            cluster.start_agent(index)?;
-        }
-        Ok(())
-    })?;
-    is_right(&run)?;
-    let gaps = gaps(&run.report);
+    is_right(&disturbed.run)?;
+    let gaps = gaps(&disturbed.run.report);
     ensure!(
-        gaps.iter().any(|gap| gap.contains(&node)),
-        "no gap names {node}: {gaps:?}"
+        !node.is_empty()
+            && gaps
+                .iter()
+                .any(|gap| gap.contains(&node) && gap.contains("restarted")),
+        "no gap names the restart on {node}: {gaps:?}"
     );
     Ok(())
 }
 
+/// First an agent is frozen for some seconds, as a starved node would freeze it; then the job is killed.
 #[test]
-fn a_killed_job_leaves_a_correct_report() -> Result<()> {
-    if !privileged("a_killed_job_leaves_a_correct_report") {
+fn a_frozen_agent_catches_up_and_a_killed_job_leaves_a_correct_report() -> Result<()> {
+    if !privileged("a_frozen_agent_catches_up_and_a_killed_job_leaves_a_correct_report") {
         return Ok(());
     }
     let (paths, programs) = programs()?;
     let (dir, _deleted_at_the_end) = run_folder(false)?;
     let mut cluster = Cluster::start(&paths, &programs, &demo::scenario(&paths, "thermal"), &dir, true)?;
-    let mut killed = false;
+    let (mut frozen, mut killed) = (None, None);
     // The virtual nodes may end with an error when their job is killed; the report is what counts.
     let _ended = observe(&mut cluster, &mut Progress::start(), |cluster, step| {
-        if step >= START_AT && !killed {
-            killed = true;
+        let agent = cluster.agents()[0].pid().and_then(|pid| i32::try_from(pid).ok());
+        let agent = agent.and_then(Pid::from_raw).context("no agent")?;
+        if FROZEN.contains(&step) && frozen.is_none() {
+            frozen = Some(step);
+            kill_process(agent, Signal::STOP)?;
+        } else if step >= FROZEN.end {
+            kill_process(agent, Signal::CONT)?;
+        }
+        if step >= JOB_ENDS && killed.is_none() {
+            killed = Some(step);
             kill_processes_of(&cluster.agents()[0].node().cgroup)?;
         }
         Ok(())
     });
-    ensure!(killed, "the job ended before it was killed");
+    ensure!(frozen.is_some(), "no agent was frozen");
+    let last_step = killed.context("the job ended before it was killed")?;
     let report = eventually(CATCH_UP, || {
         cluster.check_running()?;
         let report: Value = serde_json::from_str(&cluster.report("json")?)?;
         sums_hold(&report)?;
+        let (seen, gaps) = (fewest_steps(&report, ""), gaps(&report));
+        ensure!(
+            last_step.saturating_sub(seen) < CUT_OFF || !gaps.is_empty(),
+            "{seen} of {last_step} steps and no gap"
+        );
         Ok(report)
     })?;
     let first = judge::accusations(&report)
