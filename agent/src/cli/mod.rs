@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::sources::nvml::trial;
+
 mod agent;
 mod check;
 mod collect;
@@ -41,6 +43,11 @@ enum Command {
     Explain(explain::Args),
     /// Capture what the sources observe, for replay
     Record(record::Args),
+    #[command(hide = true, name = trial::COMMAND)]
+    NvmlTrial {
+        /// The library to start
+        library: String,
+    },
     /// Show where GPU time went, who caused it and on what evidence: exit 3 when nothing is recorded
     Report(report::Args),
 }
@@ -55,6 +62,10 @@ pub fn run() -> ExitCode {
         Command::Config(args) => config::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Explain(args) => explain::run(args),
+        Command::NvmlTrial { library } => {
+            trial::run(&library);
+            ExitCode::SUCCESS
+        }
         Command::Record(args) => record::run(args),
         Command::Report(args) => report::run(args),
     }

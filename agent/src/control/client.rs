@@ -1,6 +1,6 @@
 //! The commands' end of the control socket.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -61,17 +61,29 @@ pub fn ask(path: &Path, request: &Request, timeout: Duration) -> Result<Answer, 
     stream.set_write_timeout(Some(timeout)).map_err(no_answer)?;
     let mut line = serde_json::to_vec(request).map_err(|error| not_understood(error.to_string()))?;
     line.push(b'\n');
-    stream.write_all(&line).map_err(no_answer)?;
+    match stream.write_all(&line) {
+        // An agent with its hands full answers before it hears the question, and hangs up.
+        Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {}
+        sent => sent.map_err(|error| no_answer(late(error, timeout)))?,
+    }
     let mut answer = Vec::new();
     BufReader::new(stream.take(MAX_ANSWER_BYTES))
         .read_until(b'\n', &mut answer)
-        .map_err(no_answer)?;
+        .map_err(|error| no_answer(late(error, timeout)))?;
     if !answer.ends_with(b"\n") {
         let cut = format!("it broke off after {} bytes", answer.len());
-        return Err(no_answer(std::io::Error::new(
-            std::io::ErrorKind::UnexpectedEof,
-            cut,
-        )));
+        return Err(no_answer(std::io::Error::new(ErrorKind::UnexpectedEof, cut)));
     }
     serde_json::from_slice(&answer).map_err(|error| not_understood(error.to_string()))
+}
+
+/// The system's word for a time that is over says nothing of time.
+fn late(error: std::io::Error, timeout: Duration) -> std::io::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            let why = format!("nothing came within {timeout:?}: it is stopped, or starved of processor time");
+            std::io::Error::new(ErrorKind::TimedOut, why)
+        }
+        _ => error,
+    }
 }

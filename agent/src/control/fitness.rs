@@ -57,9 +57,16 @@ pub struct Check {
     pub reasons: Vec<String>,
 }
 
-/// Checks one GPU, or all. `now_ns` is `CLOCK_MONOTONIC`.
+/// Checks one GPU, or all. `now_ns` is `CLOCK_MONOTONIC`. `None` while the agent is still opening the driver: a node must
+/// not lose its jobs because somebody asked early.
 #[must_use]
-pub fn check(status: &Status, gpu: Option<u32>, now_ns: u64) -> Check {
+pub fn check(status: &Status, gpu: Option<u32>, now_ns: u64) -> Option<Check> {
+    let nvml = status.health.iter().find(|health| health.part == "nvml");
+    let starts = nvml.is_none_or(|health| health.condition == Condition::Starting);
+    (!starts || !status.gpus.is_empty()).then(|| judge(status, gpu, now_ns))
+}
+
+fn judge(status: &Status, gpu: Option<u32>, now_ns: u64) -> Check {
     let asked: Vec<(u32, &GpuStatus)> = match gpu {
         Some(index) => status
             .gpus
@@ -107,7 +114,7 @@ fn nothing_read(status: &Status, gpu: Option<u32>) -> String {
     let why = match nvml.map(|health| &health.condition) {
         Some(Condition::Missing(why) | Condition::Degraded(why)) => why.as_str(),
         Some(Condition::Off) => "reading GPUs is switched off",
-        Some(Condition::Works) | None => "the driver lists none",
+        Some(Condition::Works | Condition::Starting) | None => "the driver lists none",
     };
     match gpu {
         Some(index) => {
@@ -339,7 +346,7 @@ mod tests {
     }
 
     fn one(edit: impl FnOnce(&mut GpuStatus)) -> (Fitness, String) {
-        let check = check(&status(vec![gpu(edit)]), None, NOW_NS);
+        let check = judge(&status(vec![gpu(edit)]), None, NOW_NS);
         (check.fitness, check.reasons.join("; "))
     }
 
@@ -423,11 +430,11 @@ mod tests {
         let hot = gpu(|gpu| gpu.recent_thermal_ns = 9_000_000_000);
         let silent = gpu(|gpu| gpu.failures = 9);
         let status = status(vec![hot, gpu(|_| ()), silent]);
-        let all = check(&status, None, NOW_NS);
+        let all = judge(&status, None, NOW_NS);
         assert_eq!((all.fitness, all.reasons.len()), (Fitness::Unfit, 1));
-        assert_eq!(check(&status, Some(0), NOW_NS).fitness, Fitness::Degraded);
-        assert_eq!(check(&status, Some(1), NOW_NS).fitness, Fitness::Fit);
-        let missing = check(&status, Some(7), NOW_NS);
+        assert_eq!(judge(&status, Some(0), NOW_NS).fitness, Fitness::Degraded);
+        assert_eq!(judge(&status, Some(1), NOW_NS).fitness, Fitness::Fit);
+        let missing = judge(&status, Some(7), NOW_NS);
         assert_eq!(missing.reasons, ["GPU 7 is not read: known are 0, 1, 2"]);
     }
 
@@ -439,8 +446,19 @@ mod tests {
             part: "nvml",
             condition: Condition::Missing(why.to_owned()),
         });
-        let check = check(&status, None, NOW_NS);
+        let check = judge(&status, None, NOW_NS);
         assert_eq!(check.fitness, Fitness::Unfit);
         assert_eq!(check.reasons, [format!("no GPU is read: {why}")]);
+    }
+
+    #[test]
+    fn a_node_that_is_asked_before_it_is_read_gets_no_verdict() {
+        let mut status = Status::default();
+        assert_eq!(check(&status, None, NOW_NS), None);
+        status.set_health("nvml", Condition::Starting);
+        assert_eq!(check(&status, None, NOW_NS), None);
+        status.set_health("nvml", Condition::Works);
+        let listed_none = check(&status, None, NOW_NS);
+        assert_eq!(listed_none.map(|check| check.fitness), Some(Fitness::Unfit));
     }
 }

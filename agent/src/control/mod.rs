@@ -99,7 +99,7 @@ pub struct AgentStatus {
 pub struct Part {
     /// Which: `probes`, `nvml`, `stream`, ...
     pub part: String,
-    /// `works`, `degraded`, `missing` or `off`.
+    /// `works`, `degraded`, `missing`, `starting` or `off`.
     pub condition: String,
     /// What is lost and what to do; empty when nothing is.
     #[serde(default)]

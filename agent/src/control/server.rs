@@ -1,13 +1,13 @@
 //! The agent's end of the control socket.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stallscope_attribution::facts::JobFacts;
 
@@ -18,7 +18,7 @@ use crate::sources::clock;
 
 /// Clients served at once; one more is told to come back.
 const MAX_CLIENTS: u32 = 8;
-/// A client that says nothing for so long is dropped.
+/// A client whose question is not there after so long is dropped.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Owner and group may speak to the agent.
 const SOCKET_MODE: u32 = 0o660;
@@ -186,10 +186,8 @@ impl Drop for Served {
 }
 
 fn serve(client: &UnixStream, status: &SharedStatus) -> std::io::Result<()> {
-    client.set_read_timeout(Some(CLIENT_TIMEOUT))?;
     client.set_write_timeout(Some(CLIENT_TIMEOUT))?;
-    let mut line = Vec::new();
-    BufReader::new(client.take(MAX_REQUEST_BYTES)).read_until(b'\n', &mut line)?;
+    let line = read_line(client)?;
     let answer = match line.strip_suffix(b"\n") {
         None if line.len() as u64 == MAX_REQUEST_BYTES => Answer::Failed {
             why: format!("the request is longer than {MAX_REQUEST_BYTES} bytes"),
@@ -205,6 +203,31 @@ fn serve(client: &UnixStream, status: &SharedStatus) -> std::io::Result<()> {
     send(client, &answer)
 }
 
+/// The request line, or what there is of it when the client ends or the line is too long. A client that sends byte by
+/// byte has no more time than one that sends nothing.
+fn read_line(mut client: &UnixStream) -> std::io::Result<Vec<u8>> {
+    let deadline = Instant::now() + CLIENT_TIMEOUT;
+    let mut line = Vec::new();
+    let mut buffer = [0; 512];
+    while !line.ends_with(b"\n") && (line.len() as u64) < MAX_REQUEST_BYTES {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        client.set_read_timeout(Some(left))?;
+        let room = usize::try_from(MAX_REQUEST_BYTES).map_or(0, |most| most - line.len());
+        let most = room.min(buffer.len());
+        match client.read(&mut buffer[..most])? {
+            0 => break,
+            read => line.extend_from_slice(&buffer[..read]),
+        }
+        if let Some(end) = line.iter().position(|&byte| byte == b'\n') {
+            line.truncate(end + 1);
+        }
+    }
+    Ok(line)
+}
+
 fn send(mut client: &UnixStream, answer: &Answer) -> std::io::Result<()> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
@@ -215,7 +238,15 @@ fn send(mut client: &UnixStream, answer: &Answer) -> std::io::Result<()> {
 fn answer(request: &Request, status: &SharedStatus) -> Answer {
     let now_ns = clock::monotonic_ns();
     match request {
-        Request::Check { gpu } => Answer::Check(fitness::check(&status.lock(), *gpu, now_ns)),
+        Request::Check { gpu } => {
+            let status = status.lock();
+            match fitness::check(&status, *gpu, now_ns) {
+                Some(check) => Answer::Check(check),
+                None => Answer::Failed {
+                    why: "the agent starts and has read no GPU yet: ask again".to_owned(),
+                },
+            }
+        }
         Request::Status => Answer::Status(agent_status(&status.lock(), now_ns)),
         Request::Report { job, since_ms } => {
             // Copied under the lock, analysed without it.
@@ -286,6 +317,7 @@ fn part(part: &str, condition: &Condition) -> Part {
         Condition::Works => ("works", ""),
         Condition::Degraded(why) => ("degraded", why.as_str()),
         Condition::Missing(why) => ("missing", why.as_str()),
+        Condition::Starting => ("starting", ""),
         Condition::Off => ("off", ""),
     };
     Part {

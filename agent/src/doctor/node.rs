@@ -8,6 +8,9 @@ use crate::sources::net::NetSource;
 use crate::sources::nvml::{GpuSummary, NvmlSource};
 use crate::sources::probes::{Outcome, Probes, ProbesConfig};
 
+/// The agent's own binary, for what it tries in a child.
+const OWN_BINARY: &str = "/proc/self/exe";
+
 const RW: rustix::fs::Access = rustix::fs::Access::WRITE_OK;
 
 pub(super) fn probes(config: &config::Probes) -> Check {
@@ -65,7 +68,7 @@ pub(super) fn probes(config: &config::Probes) -> Check {
 pub(super) fn nvml(config: &config::Nvml) -> Vec<Check> {
     const NAME: &str = "nvml";
     const LOST: &str = "the GPU side of every loss: activity, clocks, power, who else computes";
-    match NvmlSource::open(config) {
+    match NvmlSource::open_tried(Path::new(OWN_BINARY), config) {
         Err(error) => {
             let fix = "install the NVIDIA driver; in a container, mount its libraries";
             vec![Check::bad(NAME, State::Missing, error.to_string(), LOST, fix).needed()]

@@ -9,12 +9,12 @@ use std::time::Duration;
 use stallscope_attribution::facts::RecordGap;
 use stallscope_attribution::time::Window;
 
+use super::gpus::Gpus;
 use super::shared::Shared;
 use super::status::Condition;
 use crate::observation::{Fact, Observation, ProcessKey};
 use crate::sources::clock;
 use crate::sources::net::NetSource;
-use crate::sources::nvml::NvmlSource;
 use crate::sources::probes::{Decoded, Decoder, Reader};
 use crate::sources::procs::{CpuTimeReader, ProcessEvent, QuotaReader};
 
@@ -32,7 +32,7 @@ const SLOW_NS: u64 = 1_000_000_000;
 /// Where facts come from and go to.
 pub(super) struct Sources {
     pub(super) reader: Option<Reader>,
-    pub(super) nvml: Option<NvmlSource>,
+    pub(super) gpus: Gpus,
     pub(super) net: Option<NetSource>,
     /// Facts about processes, from discovery.
     pub(super) found: Receiver<Observation>,
@@ -142,9 +142,7 @@ impl Gather {
             batch.push(observation);
         }
         let now_ns = super::now_ns();
-        if let Some(nvml) = &mut self.sources.nvml {
-            batch.extend(nvml.poll(now_ns));
-        }
+        batch.extend(self.sources.gpus.poll(now_ns, &self.shared));
         batch.extend(self.cpu_time.poll(now_ns));
         batch.extend(self.quota.poll(now_ns, self.gpu_processes.iter().copied()));
         if now_ns >= self.net_due_ns {
@@ -204,8 +202,13 @@ impl Gather {
             window: Window::instant(now_ns),
             fact: Fact::RealtimeOffset { ns },
         });
-        let Some(nvml) = &self.sources.nvml else { return };
+        let Some(nvml) = self.sources.gpus.source() else {
+            return;
+        };
         self.shared.set_gpus(nvml.view());
+        if !self.sources.gpus.is_read() {
+            return;
+        }
         let troubles: Vec<String> = nvml
             .summaries()
             .into_iter()
@@ -299,7 +302,7 @@ mod tests {
         let (batches, _history) = sync_channel(1);
         let sources = Sources {
             reader: None,
-            nvml: None,
+            gpus: Gpus::Missing,
             net: None,
             found,
             events,
@@ -323,7 +326,7 @@ mod tests {
         let (batches, history) = sync_channel(1);
         let sources = Sources {
             reader: None,
-            nvml: None,
+            gpus: Gpus::Missing,
             net: None,
             found,
             events,

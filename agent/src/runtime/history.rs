@@ -39,6 +39,8 @@ pub(super) struct History {
     recorder: Option<Recorder>,
     batches: Receiver<Vec<Observation>>,
     throttling: BTreeMap<u32, VecDeque<Throttled>>,
+    /// Whether messages waited for the disk when last looked.
+    disk_refuses: bool,
     meter: OwnMeter,
     metered_ns: u64,
     synced_ns: u64,
@@ -71,6 +73,7 @@ impl History {
             recorder,
             batches,
             throttling: BTreeMap::new(),
+            disk_refuses: false,
             meter: OwnMeter::default(),
             metered_ns: 0,
             synced_ns: 0,
@@ -256,6 +259,7 @@ impl History {
         if now_ns.saturating_sub(self.metered_ns) >= METER_NS {
             self.metered_ns = now_ns;
             self.measure(now_ns);
+            self.show_disk();
         }
         if now_ns.saturating_sub(self.synced_ns) >= SYNC_NS {
             self.synced_ns = now_ns;
@@ -263,6 +267,33 @@ impl History {
                 tracing::warn!(%error, "the store may lose its last seconds if the node crashes now");
             }
         }
+    }
+
+    /// Says when the disk stops and begins to take messages.
+    fn show_disk(&mut self) {
+        let refused = self.ring.as_ref().and_then(|ring| ring.refused());
+        let condition = match &refused {
+            None if !self.disk_refuses => return,
+            None => {
+                tracing::info!("the store is written again; nothing is lost");
+                Condition::Works
+            }
+            Some((waiting, why)) => {
+                if !self.disk_refuses {
+                    tracing::warn!(
+                        why,
+                        "the store cannot be written: history waits in memory, and is streamed from there; make room on \
+                         the disk of store.dir"
+                    );
+                }
+                Condition::Degraded(format!(
+                    "the store cannot be written ({why}): {waiting} messages wait in memory and are lost if the agent \
+                     ends before there is room"
+                ))
+            }
+        };
+        self.disk_refuses = refused.is_some();
+        self.shared.status.lock().set_health("store", condition);
     }
 
     fn measure(&mut self, now_ns: u64) {
@@ -286,6 +317,12 @@ impl History {
             && let Err(error) = recorder.finish()
         {
             tracing::error!(%error, "the recording is incomplete");
+        }
+        if let Some((waiting, why)) = self.ring.as_ref().and_then(|ring| ring.refused()) {
+            tracing::error!(
+                why,
+                "{waiting} messages could not be written: those that the collector does not have are lost"
+            );
         }
         let counters = self.timeline.counters();
         tracing::info!(

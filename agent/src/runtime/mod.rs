@@ -12,7 +12,9 @@
 
 mod discover;
 mod gather;
+mod gpus;
 mod history;
+mod limits;
 mod own;
 mod shared;
 pub mod status;
@@ -34,9 +36,8 @@ use crate::control::server::ControlServer;
 use crate::record::{RecordError, Recorder};
 use crate::sources::clock;
 use crate::sources::net::NetSource;
-use crate::sources::nvml::NvmlSource;
 use crate::sources::probes::{Loaded, Probes, ProbesConfig, Reader};
-use crate::store::{Ring, Spool};
+use crate::store::{OpenError, Ring, Spool};
 use crate::stream::{self, StreamStatus};
 use shared::Shared;
 use status::Condition;
@@ -48,6 +49,9 @@ const EVENTS: usize = 4_096;
 /// Facts about processes on their way to history.
 const FACTS: usize = 4_096;
 const TICK: Duration = Duration::from_secs(1);
+/// How long an agent that is ending may keep the store: the kernel takes some seconds to detach its probes.
+const TAKEOVER: Duration = Duration::from_secs(15);
+const TAKEOVER_POLL: Duration = Duration::from_millis(250);
 
 /// Why the agent does not run at all. Anything less is named in the log, the status and the report.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +66,9 @@ pub enum RunError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Another agent runs here. Two would cost the job twice and tell everything twice.
+    #[error("{0}; this one ends")]
+    Another(OpenError),
     /// Observations were to be recorded and cannot be.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -103,6 +110,7 @@ async fn supervise(options: &Options) -> Result<(), RunError> {
     let config = &options.config;
     let shared = Arc::new(Shared::new(config.node_name()));
     tracing::info!(node = %shared.node, "agent starts");
+    limits::check(&shared);
     let recorder = options
         .record
         .as_deref()
@@ -111,7 +119,11 @@ async fn supervise(options: &Options) -> Result<(), RunError> {
     let ring = if options.record_only {
         None
     } else {
-        open_store(config, &shared)
+        tokio::select! {
+            ring = open_store(config, &shared) => Some(ring?),
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+        }
     };
     let _control = if options.record_only {
         None
@@ -177,7 +189,7 @@ fn start_threads(
         Arc::clone(shared),
         gather::Sources {
             reader,
-            nvml: open_nvml(config, shared),
+            gpus: gpus::Gpus::open(&config.nvml, shared),
             net: open_net(shared),
             found,
             events,
@@ -215,13 +227,18 @@ fn spawn(
 fn missing(shared: &Shared, part: &'static str, why: &dyn std::fmt::Display) {
     let why = why.to_string();
     tracing::warn!(part, why, "runs without");
+    name_gap(shared, format!("{part}: {why}"));
+    shared.status.lock().set_health(part, Condition::Missing(why));
+}
+
+/// Something that this run of the agent lacks.
+fn name_gap(shared: &Shared, what: String) {
     shared.add_gap(RecordGap {
         node: shared.node.clone(),
         window: None,
-        what: format!("{part}: {why}"),
+        what,
         count: 0,
     });
-    shared.status.lock().set_health(part, Condition::Missing(why));
 }
 
 fn works(shared: &Shared, part: &'static str) {
@@ -262,19 +279,6 @@ fn load_probes(config: &Config, shared: &Shared) -> (Option<Probes>, Option<Read
     }
 }
 
-fn open_nvml(config: &Config, shared: &Shared) -> Option<NvmlSource> {
-    match NvmlSource::open(&config.nvml) {
-        Ok(source) => {
-            works(shared, "nvml");
-            Some(source)
-        }
-        Err(error) => {
-            missing(shared, "nvml", &error);
-            None
-        }
-    }
-}
-
 fn open_net(shared: &Shared) -> Option<NetSource> {
     match NetSource::open(shared.node.clone()) {
         Ok(source) => {
@@ -288,29 +292,42 @@ fn open_net(shared: &Shared) -> Option<NetSource> {
     }
 }
 
-fn open_store(config: &Config, shared: &Shared) -> Option<Arc<Ring>> {
-    match Ring::open(&config.store.dir, config.store.max_bytes, own::random()) {
-        Ok(opened) => {
-            if opened.torn_bytes > 0 {
-                tracing::warn!(
-                    bytes = opened.torn_bytes,
-                    "the last message of the store was torn and is cut off"
-                );
-                shared.add_gap(RecordGap {
-                    node: shared.node.clone(),
-                    window: None,
-                    what: "the agent or the node crashed while writing its store: a message was torn"
-                        .to_owned(),
-                    count: 1,
-                });
+/// The store; in memory when the disk refuses. Waits a while for an agent that is about to end.
+async fn open_store(config: &Config, shared: &Shared) -> Result<Arc<Ring>, RunError> {
+    let deadline = tokio::time::Instant::now() + TAKEOVER;
+    let mut said = false;
+    loop {
+        let opened = match Ring::open(&config.store.dir, config.store.max_bytes, own::random()) {
+            Ok(opened) => opened,
+            Err(error @ OpenError::InUse { .. }) if tokio::time::Instant::now() >= deadline => {
+                return Err(RunError::Another(error));
             }
-            works(shared, "store");
-            Some(Arc::new(opened.ring))
+            Err(error @ OpenError::InUse { .. }) => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::warn!(%error, "waiting {} s for the other agent to end", TAKEOVER.as_secs());
+                }
+                tokio::time::sleep(TAKEOVER_POLL).await;
+                continue;
+            }
+            Err(error) => {
+                missing(shared, "store", &error);
+                return Ok(Arc::new(Ring::in_memory(own::random())));
+            }
+        };
+        if opened.torn_bytes > 0 {
+            tracing::warn!(
+                bytes = opened.torn_bytes,
+                "the last message of the store was torn and is cut off"
+            );
+            shared.add_gap(RecordGap {
+                node: shared.node.clone(),
+                window: None,
+                what: "the agent or the node crashed while writing its store: a message was torn".to_owned(),
+                count: 1,
+            });
         }
-        Err(error) => {
-            missing(shared, "store", &error);
-            None
-        }
+        works(shared, "store");
+        return Ok(Arc::new(opened.ring));
     }
 }
 

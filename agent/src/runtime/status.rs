@@ -101,6 +101,8 @@ pub enum Condition {
     Degraded(String),
     /// It does not work: what is lost, why and what to do.
     Missing(String),
+    /// It is not known yet.
+    Starting,
     /// Not configured.
     Off,
 }

@@ -3,15 +3,20 @@
 //! Every message that leaves the timeline is appended here first, with a sequence number that never repeats within
 //! one store directory. The stream reads from the same ring, so that a collector that was away catches up.
 //!
+//! While the disk takes nothing, because it is full or the directory cannot be used, messages wait in memory up to a
+//! bound and are streamed from there.
+//!
 //! On disk: `identity` (the epoch), `acknowledged` (how far the collector has everything, and what was dropped before
 //! it had it) and `segments/`, files of CRC-framed envelopes named by their first sequence number. Every run of the
 //! agent begins a segment, and every segment announces the subjects it uses, so each can be read on its own.
 
+mod files;
 mod read_back;
 mod ring;
 mod segment;
 #[cfg(test)]
 mod tests;
+mod waiting;
 mod writer;
 
 use bytes::Bytes;

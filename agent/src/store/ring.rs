@@ -10,7 +10,9 @@ use bytes::{Bytes, BytesMut};
 use stallscope_proto::frame;
 use tokio::sync::watch;
 
+use super::files::{lock, mend_last, read_numbers, write_numbers};
 use super::segment::{Messages, Next, Segment};
+use super::waiting::Waiting;
 use super::{Spool, SpoolError};
 
 /// A segment is about this part of the ring.
@@ -23,8 +25,8 @@ const MOST_SEGMENT_BYTES: u64 = 8 << 20;
 pub enum OpenError {
     /// The system refused.
     #[error(
-        "failed to {doing} {}: {source}; nothing is kept on disk and nothing can be caught up after an outage, fix \
-         store.dir and restart the agent",
+        "failed to {doing} {}: {source}; history is kept in memory only, at most 4 MiB that the collector does not have, \
+         and is lost when the agent ends: fix store.dir and restart the agent",
         path.display()
     )]
     Io {
@@ -47,7 +49,11 @@ pub enum OpenError {
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
     /// The system refused; what was written before is untouched.
-    #[error("failed to write to the store in {}: {source}; new history is lost until there is room", path.display())]
+    #[error(
+        "failed to write to the store in {}: {source}; what waits in memory is full too: new history is lost until \
+         there is room",
+        path.display()
+    )]
     Io {
         /// The directory.
         path: PathBuf,
@@ -84,7 +90,8 @@ pub struct Ring {
     epoch: u64,
     inner: Mutex<Inner>,
     last: watch::Sender<u64>,
-    _lock: File,
+    /// `None` for a ring in memory.
+    _lock: Option<File>,
 }
 
 #[derive(Debug)]
@@ -100,6 +107,13 @@ struct Inner {
     damaged_to: u64,
     /// Where the last read ended: message after which, segment, byte.
     cursor: Option<(u64, u64, u64)>,
+    /// Bytes of the page of a ring in memory.
+    page_bytes: u64,
+    waiting: Waiting,
+    /// Why messages wait.
+    refusal: Option<String>,
+    /// Nothing is ever written: what is acknowledged need not be kept.
+    memory_only: bool,
 }
 
 impl Ring {
@@ -136,21 +150,17 @@ impl Ring {
         let acknowledged = read_numbers(&dir.join("acknowledged")).unwrap_or_default();
         let inner = Inner {
             segments,
-            active: None,
             next_sequence,
-            max_bytes,
-            segment_bytes: (max_bytes / SEGMENTS).clamp(LEAST_SEGMENT_BYTES, MOST_SEGMENT_BYTES),
             acked: acknowledged.first().copied().unwrap_or(0).min(next_sequence - 1),
             dropped_unacked: acknowledged.get(1).copied().unwrap_or(0),
-            damaged_to: 0,
-            cursor: None,
+            ..Inner::new(max_bytes)
         };
         let ring = Self {
             dir: dir.to_owned(),
             epoch,
             last: watch::channel(next_sequence - 1).0,
             inner: Mutex::new(inner),
-            _lock: lock,
+            _lock: Some(lock),
         };
         Ok(Opened {
             ring,
@@ -159,10 +169,45 @@ impl Ring {
         })
     }
 
+    /// A ring without a directory: a few MiB that the collector does not have yet.
+    #[must_use]
+    pub fn in_memory(epoch: u64) -> Self {
+        let inner = Inner {
+            memory_only: true,
+            ..Inner::new(0)
+        };
+        Self {
+            dir: PathBuf::new(),
+            epoch,
+            last: watch::channel(0).0,
+            inner: Mutex::new(inner),
+            _lock: None,
+        }
+    }
+
+    /// Messages that wait in memory for the disk, and why; `None` when the disk takes them.
+    #[must_use]
+    pub fn refused(&self) -> Option<(usize, String)> {
+        let inner = self.inner();
+        let why = inner.refusal.clone()?;
+        Some((inner.waiting.len(), why))
+    }
+
     /// Ends the segment if it is full. Whether the next message begins one: its readers know nothing of what came
     /// before. Segments begin nowhere else.
     pub fn turn_page(&self) -> bool {
         let mut inner = self.inner();
+        if inner.memory_only {
+            // No reader begins here; but a writer reviews at every page whom it has to name.
+            let full = inner.page_bytes >= inner.segment_bytes;
+            if full {
+                inner.page_bytes = 0;
+            }
+            return full;
+        }
+        if !inner.waiting.is_empty() {
+            return false;
+        }
         let full = inner
             .segments
             .back()
@@ -183,14 +228,16 @@ impl Ring {
     pub fn append(&self, encode: impl FnOnce(u64) -> Bytes) -> Result<u64, AppendError> {
         let mut inner = self.inner();
         let sequence = inner.next_sequence;
-        let mut framed = BytesMut::new();
-        frame::encode(&encode(sequence), &mut framed)?;
+        let body = encode(sequence);
         let segments_dir = self.segments_dir();
         inner
-            .write(&segments_dir, &framed)
-            .map_err(|source| AppendError::Io {
-                path: self.dir.clone(),
-                source,
+            .keep(&segments_dir, sequence, &body)
+            .map_err(|error| match error {
+                KeepError::Frame(error) => error.into(),
+                KeepError::Full(source) => AppendError::Io {
+                    path: self.dir.clone(),
+                    source,
+                },
             })?;
         inner.next_sequence += 1;
         if inner.drop_oldest(&segments_dir) {
@@ -201,12 +248,16 @@ impl Ring {
         Ok(sequence)
     }
 
-    /// Brings everything written to the disk.
+    /// Brings everything to the disk, as far as it takes it.
     ///
     /// # Errors
     /// When the system cannot.
     pub fn sync(&self) -> io::Result<()> {
-        match &self.inner().active {
+        let mut inner = self.inner();
+        if let Err(error) = inner.write_waiting(&self.segments_dir()) {
+            inner.refusal = Some(error.to_string());
+        }
+        match &inner.active {
             Some(file) => file.sync_data(),
             None => Ok(()),
         }
@@ -265,7 +316,11 @@ impl Spool for Ring {
         let sequence = sequence.min(inner.next_sequence - 1);
         if sequence > inner.acked {
             inner.acked = sequence;
-            self.keep_acknowledged(&inner);
+            if inner.memory_only {
+                inner.drop_acknowledged();
+            } else {
+                self.keep_acknowledged(&inner);
+            }
         }
     }
 
@@ -282,10 +337,91 @@ impl Spool for Ring {
     }
 }
 
+enum KeepError {
+    Frame(frame::FrameError),
+    Full(io::Error),
+}
+
 impl Inner {
-    fn write(&mut self, dir: &Path, framed: &[u8]) -> io::Result<()> {
+    fn new(max_bytes: u64) -> Self {
+        Self {
+            segments: VecDeque::new(),
+            active: None,
+            next_sequence: 1,
+            max_bytes,
+            segment_bytes: (max_bytes / SEGMENTS).clamp(LEAST_SEGMENT_BYTES, MOST_SEGMENT_BYTES),
+            acked: 0,
+            dropped_unacked: 0,
+            damaged_to: 0,
+            cursor: None,
+            page_bytes: 0,
+            waiting: Waiting::default(),
+            refusal: None,
+            memory_only: false,
+        }
+    }
+
+    /// On disk if it takes the message, else in memory if there is room.
+    fn keep(&mut self, dir: &Path, sequence: u64, body: &Bytes) -> Result<(), KeepError> {
+        let mut framed = BytesMut::new();
+        frame::encode(body, &mut framed).map_err(KeepError::Frame)?;
+        let refused = if self.memory_only {
+            io::Error::other("the store is in memory only, and the collector takes nothing")
+        } else {
+            let written = self
+                .write_waiting(dir)
+                .and_then(|()| self.write(dir, sequence, &framed));
+            match written {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            }
+        };
+        if !self.memory_only {
+            self.refusal = Some(refused.to_string());
+        }
+        if self.waiting.push(sequence, body) {
+            self.page_bytes += body.len() as u64;
+            Ok(())
+        } else {
+            Err(KeepError::Full(refused))
+        }
+    }
+
+    /// Brings what waits to the disk, in order.
+    fn write_waiting(&mut self, dir: &Path) -> io::Result<()> {
+        if self.memory_only {
+            return Ok(());
+        }
+        while let Some((sequence, body)) = self.waiting.front().cloned() {
+            let mut framed = BytesMut::new();
+            frame::encode(&body, &mut framed).map_err(io::Error::other)?;
+            self.write(dir, sequence, &framed)?;
+            self.waiting.pop();
+        }
+        self.refusal = None;
+        Ok(())
+    }
+
+    fn drop_acknowledged(&mut self) {
+        while self
+            .waiting
+            .front()
+            .is_some_and(|(sequence, _)| *sequence <= self.acked)
+        {
+            self.waiting.pop();
+        }
+    }
+
+    /// Number of the first message that is not on disk.
+    fn disk_end(&self) -> u64 {
+        self.waiting
+            .front()
+            .map_or(self.next_sequence, |(sequence, _)| *sequence)
+    }
+
+    fn write(&mut self, dir: &Path, sequence: u64, framed: &[u8]) -> io::Result<()> {
         if self.active.is_none() {
-            self.begin_segment(dir)?;
+            self.begin_segment(dir, sequence)?;
         }
         let (Some(file), Some(segment)) = (&mut self.active, self.segments.back_mut()) else {
             return Err(io::Error::other("no segment"));
@@ -301,14 +437,11 @@ impl Inner {
         Ok(())
     }
 
-    fn begin_segment(&mut self, dir: &Path) -> io::Result<()> {
+    fn begin_segment(&mut self, dir: &Path, first: u64) -> io::Result<()> {
         if self.segments.back().is_some_and(|segment| segment.bytes == 0) {
             self.segments.pop_back();
         }
-        let segment = Segment {
-            first: self.next_sequence,
-            bytes: 0,
-        };
+        let segment = Segment { first, bytes: 0 };
         let file = OpenOptions::new()
             .append(true)
             .create(true)
@@ -352,7 +485,8 @@ impl Inner {
         let mut found = Vec::new();
         let mut wanted = sequence.saturating_add(1);
         let mut bytes = 0;
-        while found.len() < max_messages && bytes < max_bytes && wanted < self.next_sequence {
+        let disk_end = self.disk_end();
+        while found.len() < max_messages && bytes < max_bytes && wanted < disk_end {
             // The segment that holds the wanted message; the oldest if it is gone.
             let at = self
                 .segments
@@ -361,10 +495,7 @@ impl Inner {
             let Some(segment) = self.segments.get(at).cloned() else {
                 break;
             };
-            let end = self
-                .segments
-                .get(at + 1)
-                .map_or(self.next_sequence, |next| next.first);
+            let end = self.segments.get(at + 1).map_or(disk_end, |next| next.first);
             wanted = wanted.max(segment.first);
             let (mut number, from) = match self.cursor {
                 Some((after, first, position)) if first == segment.first && after < wanted => {
@@ -397,69 +528,13 @@ impl Inner {
             }
             wanted = wanted.max(number);
         }
+        for (number, body) in self.waiting.from(wanted) {
+            if found.len() >= max_messages || bytes >= max_bytes {
+                break;
+            }
+            bytes += body.len();
+            found.push((*number, body.clone()));
+        }
         Ok(found)
     }
-}
-
-/// One agent per directory: two would give the same numbers to different messages.
-fn lock(dir: &Path) -> Result<File, OpenError> {
-    let path = dir.join("lock");
-    let open = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path);
-    let file = open.map_err(|source| OpenError::Io {
-        doing: "open",
-        path: path.clone(),
-        source,
-    })?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse { path: dir.to_owned() }),
-        Err(error) => Err(OpenError::Io {
-            doing: "lock",
-            path,
-            source: error.into(),
-        }),
-    }
-}
-
-/// Cuts a torn tail off the last segment. Gives the next sequence number and the bytes cut off.
-fn mend_last(dir: &Path, segments: &mut VecDeque<Segment>) -> io::Result<(u64, u64)> {
-    let Some(last) = segments.back_mut() else {
-        return Ok((1, 0));
-    };
-    let path = last.path(dir);
-    let mut messages = Messages::new(File::open(&path)?, 0, last.bytes)?;
-    let mut next_sequence = last.first.max(1);
-    while let Next::Message(_) = messages.next()? {
-        next_sequence += 1;
-    }
-    let torn_bytes = last.bytes - messages.position();
-    if torn_bytes > 0 {
-        OpenOptions::new()
-            .write(true)
-            .open(&path)?
-            .set_len(messages.position())?;
-        last.bytes = messages.position();
-    }
-    Ok((next_sequence, torn_bytes))
-}
-
-/// Decimal numbers, one a line; `None` when the file is missing or holds anything else.
-fn read_numbers(path: &Path) -> Option<Vec<u64>> {
-    std::fs::read_to_string(path)
-        .ok()?
-        .lines()
-        .map(|line| line.parse().ok())
-        .collect()
-}
-
-/// Writes beside and renames, so that a crash leaves the old numbers or the new.
-fn write_numbers(path: &Path, numbers: &[u64]) -> io::Result<()> {
-    let text: String = numbers.iter().map(|number| format!("{number}\n")).collect();
-    let beside = path.with_extension("new");
-    std::fs::write(&beside, text)?;
-    std::fs::rename(beside, path)
 }

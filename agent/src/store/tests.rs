@@ -286,9 +286,10 @@ fn every_segment_can_be_read_on_its_own() {
     assert_eq!((newest.refused, newest.histories().count()), (0, 1));
 }
 
-/// A device that is full after some bytes: what is there stays, what comes is counted, and writing resumes.
+/// A device that is full after some bytes: what is there stays, what comes waits in memory, what does not fit there
+/// either is counted, and all but that is on disk once there is room.
 #[test]
-fn a_full_disk_loses_only_what_comes_while_it_is_full() {
+fn a_full_disk_loses_only_what_memory_cannot_hold() {
     let dir = TempDir::new().unwrap();
     let mount = dir.path().join("small");
     std::fs::create_dir(&mount).unwrap();
@@ -309,20 +310,33 @@ fn a_full_disk_loses_only_what_comes_while_it_is_full() {
 }
 
 fn fill(mount: &std::path::Path) {
-    let ballast = mount.join("ballast");
-    std::fs::write(&ballast, vec![0; 100 << 10]).unwrap();
     let ring = Arc::new(Ring::open(mount, 64 << 20, 1).unwrap().ring);
     let mut writer = Writer::new(Arc::clone(&ring), "node-a", 4);
     let gap = |count: u64| {
         Event::Gap(RecordGap {
             node: "node-a".to_owned(),
-            window: Window::new(0, count),
+            window: Window::new(count, count + 1),
             what: "x".repeat(900),
             count,
         })
     };
-    let (mut written, mut lost, mut reasons) = (0_u64, 0_u64, Vec::new());
     for count in 0..400 {
+        assert!(matches!(writer.write(&gap(count)), Written::Yes), "{count}");
+    }
+    let (waiting, why) = ring.refused().unwrap();
+    assert!(waiting > 100 && why.contains("No space left"), "{waiting}: {why}");
+    // The stream reads on, from disk and from memory, without a seam.
+    let numbers: Vec<u64> = ring
+        .next_after(0, usize::MAX, usize::MAX)
+        .unwrap()
+        .iter()
+        .map(|(number, _)| *number)
+        .collect();
+    assert_eq!(numbers, (1..=400).collect::<Vec<_>>());
+    assert_eq!(ring.next_after(390, 4, usize::MAX).unwrap().len(), 4);
+
+    let (mut written, mut lost, mut reasons) = (400_u64, 0_u64, Vec::new());
+    for count in 400..6_000 {
         match writer.write(&gap(count)) {
             Written::Yes | Written::Again => written += 1,
             Written::Lost(why) => {
@@ -331,23 +345,59 @@ fn fill(mount: &std::path::Path) {
             }
         }
     }
-    assert!(written > 20 && lost > 50, "{written} written, {lost} lost");
+    assert!(written > 3_000 && lost > 500, "{written} written, {lost} lost");
     assert_eq!(reasons.len(), 1, "named once: {reasons:?}");
     assert!(reasons[0].contains("store"), "{}", reasons[0]);
     assert_eq!(writer.lost(), lost);
+
+    let grown = std::process::Command::new("mount")
+        .args(["-o", "remount,size=64m"])
+        .arg(mount)
+        .status();
+    assert!(grown.unwrap().success());
+    assert!(matches!(writer.write(&gap(9_000)), Written::Again));
+    assert_eq!(ring.refused(), None);
+    let named = ring.next_after(written + 1, 9, usize::MAX).unwrap();
+    assert_eq!(named.len(), 1);
+    drop((writer, ring));
+    let again = Ring::open(mount, 64 << 20, 1).unwrap();
+    assert_eq!(again.torn_bytes, 0);
+    let on_disk = again.ring.next_after(0, usize::MAX, usize::MAX).unwrap();
     assert_eq!(
-        ring.next_after(0, usize::MAX, usize::MAX).unwrap().len() as u64,
-        written
+        on_disk.len() as u64,
+        written + 2,
+        "all that had room, and what is missing"
     );
-    std::fs::remove_file(&ballast).unwrap();
-    assert!(matches!(writer.write(&gap(1_000)), Written::Again));
     let stored = read_back(mount, Scope::default()).unwrap();
-    assert_eq!(
-        stored.gaps().back().unwrap().count,
-        lost,
-        "the gap names what is missing"
-    );
+    let last = stored.gaps().back().unwrap();
+    assert_eq!(last.count, lost, "the gap names what is missing");
+    // What was lost began somewhere after what fitted, and ended with the last one.
+    let window = last.window.unwrap();
+    assert!(window.start_ns() >= 3_000, "{window:?}");
+    assert_eq!(window.end_ns(), 6_000);
     assert_eq!((stored.refused, stored.damaged_segments), (0, 0));
+}
+
+#[test]
+fn a_store_without_a_directory_streams_from_memory() {
+    let ring = Ring::in_memory(7);
+    let mut put = 0;
+    let mut append = || {
+        ring.append(|_| Bytes::from(vec![0; 100 << 10]))
+            .inspect(|_| put += 1)
+    };
+    while append().is_ok() {}
+    assert!((30..50).contains(&put), "{put} of 100 KiB fit");
+    assert_eq!(ring.next_after(0, 3, usize::MAX).unwrap().len(), 3);
+    // What the collector has makes room.
+    ring.acked(10);
+    assert_eq!(ring.next_after(0, 1, usize::MAX).unwrap()[0].0, 11);
+    let next = ring.append(|_| Bytes::from_static(b"more")).unwrap();
+    assert_eq!((next, *ring.watch_last().borrow()), (put + 1, put + 1));
+    assert_eq!(
+        ring.next_after(put, 9, usize::MAX).unwrap(),
+        [(put + 1, Bytes::from_static(b"more"))]
+    );
 }
 
 #[test]

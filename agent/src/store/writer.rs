@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use stallscope_attribution::facts::{GpuSubject, RecordGap};
+use stallscope_attribution::time::Window;
 use stallscope_proto::convert::{Payload, Record, SubjectEntry, SubjectNumbers};
 
 use super::ring::{AppendError, Ring};
@@ -18,6 +19,8 @@ pub struct Writer {
     kinds: std::collections::BTreeMap<GpuSubject, String>,
     /// Messages that could not be written since the last that could.
     unwritten: u64,
+    /// What those cover, `CLOCK_REALTIME` ns, as far as they say.
+    unwritten_window: Option<Window>,
     lost: u64,
 }
 
@@ -43,6 +46,7 @@ impl Writer {
             subjects: SubjectNumbers::default(),
             kinds: std::collections::BTreeMap::new(),
             unwritten: 0,
+            unwritten_window: None,
             lost: 0,
         }
     }
@@ -86,6 +90,7 @@ impl Writer {
             Err(error) => {
                 self.lost += 1;
                 self.unwritten += 1;
+                self.unwritten_window = joined(self.unwritten_window, covers(event));
                 Written::Lost((self.unwritten == 1).then_some(error))
             }
         }
@@ -94,13 +99,14 @@ impl Writer {
     fn name_the_unwritten(&mut self) -> Written {
         let gap = RecordGap {
             node: self.node.clone(),
-            window: None,
+            window: self.unwritten_window,
             what: "the store could not be written (see the agent's log): messages are missing".to_owned(),
             count: self.unwritten,
         };
         match self.append(&Payload::Gap(gap)) {
             Ok(()) => {
                 self.unwritten = 0;
+                self.unwritten_window = None;
                 Written::Again
             }
             Err(_) => Written::Yes,
@@ -140,5 +146,32 @@ impl Writer {
             record.encode()
         };
         self.ring.append(encode).map(|_| ())
+    }
+}
+
+/// When an event was, `CLOCK_REALTIME` ns.
+fn covers(event: &Event) -> Option<Window> {
+    let shifted = |window: Window, offset_ns: i64| {
+        Window::new(
+            window.start_ns().saturating_add_signed(offset_ns),
+            window.end_ns().saturating_add_signed(offset_ns),
+        )
+    };
+    match event {
+        Event::Step { step, .. } => shifted(step.window, step.realtime_offset_ns),
+        Event::Span { span, .. } => shifted(span.window, span.realtime_offset_ns),
+        Event::Port(port) => shifted(port.window, port.realtime_offset_ns),
+        Event::Gap(gap) => gap.window,
+        Event::Subject { .. } | Event::Gone { .. } => None,
+    }
+}
+
+fn joined(one: Option<Window>, other: Option<Window>) -> Option<Window> {
+    match (one, other) {
+        (Some(one), Some(other)) => Window::new(
+            one.start_ns().min(other.start_ns()),
+            one.end_ns().max(other.end_ns()),
+        ),
+        (one, other) => one.or(other),
     }
 }

@@ -2,6 +2,9 @@
 
 use std::fs;
 
+use std::process::Command;
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use stallscope_e2e::{LoneAgent, Said, privileged, stallscope};
 
@@ -135,12 +138,117 @@ fn without_root_the_agent_runs_and_says_what_is_lost() -> Result<()> {
     agent.stops_cleanly()
 }
 
+/// Libraries that end whoever loads them: one that crashes in its first call, one that was cut short on disk.
+#[test]
+fn a_management_library_that_crashes_leaves_the_agent_alive() -> Result<()> {
+    if !privileged("a_management_library_that_crashes_leaves_the_agent_alive") {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let source = dir.path().join("crash.c");
+    let crashing = dir.path().join("libcrashing.so");
+    // Much read-only data, so that half of the file lacks pages that the loader touches.
+    fs::write(
+        &source,
+        "const char big[1 << 16] = {1}; char data[1 << 16] = {1};\n\
+         int nvmlInit_v2(void) { *(volatile int *)0 = 1; return 0; }\n",
+    )?;
+    let built = Command::new("cc")
+        .args(["-shared", "-fPIC", "-w", "-o"])
+        .args([&crashing, &source])
+        .status()?;
+    ensure!(built.success(), "cc failed");
+    let whole = fs::read(&crashing)?;
+    let cut = dir.path().join("libcut.so");
+    fs::write(&cut, &whole[..whole.len() / 4])?;
+    for library in [&crashing, &cut] {
+        let library = library.display().to_string();
+        let mut agent = LoneAgent::start(&format!("[nvml]\nlibrary = \"{library}\"\n"), &[])?;
+        agent.says(&[
+            "runs without",
+            "no GPU counters",
+            &library,
+            "crashes as it starts",
+        ])?;
+        agent.stops_cleanly()?;
+        let doctor = agent_doctor(&library)?;
+        ends_with(&doctor, 1, &[&library, "crashes as it starts"])?;
+    }
+    Ok(())
+}
+
+fn agent_doctor(library: &str) -> Result<Said> {
+    let dir = tempfile::tempdir()?;
+    let config = dir.path().join("stallscope.toml");
+    fs::write(&config, format!("[nvml]\nlibrary = \"{library}\"\n"))?;
+    stallscope(&["doctor", "--config", &config.display().to_string()])
+}
+
+/// The driver hangs as it starts: everything else runs, a stop is heard, and nobody is told that the node is unfit.
+#[test]
+fn a_management_library_that_hangs_stops_nothing_else() -> Result<()> {
+    if !privileged("a_management_library_that_hangs_stops_nothing_else") {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let source = dir.path().join("hang.c");
+    let hanging = dir.path().join("libhanging.so");
+    fs::write(
+        &source,
+        "int pause(void);\nint nvmlInit_v2(void) { for (;;) pause(); }\n",
+    )?;
+    let built = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&hanging, &source])
+        .status()?;
+    ensure!(built.success(), "cc failed");
+    let mut agent = LoneAgent::start(&format!("[nvml]\nlibrary = \"{}\"\n", hanging.display()), &[])?;
+    agent.says(&["everything else begins"])?;
+    let config = agent.home().join("stallscope.toml").display().to_string();
+    ends_with(&stallscope(&["check", "--config", &config])?, 3, &["starts"])?;
+    agent.stops_cleanly()
+}
+
+/// Few files, and an unusable store: said, and the rest runs.
+#[test]
+fn a_low_limit_of_open_files_is_named() -> Result<()> {
+    if !privileged("a_low_limit_of_open_files_is_named") {
+        return Ok(());
+    }
+    let mut agent = LoneAgent::start("", &["prlimit", "--nofile=40:40"])?;
+    agent.says(&["only 40 files may be open", "LimitNOFILE"])?;
+    agent.stops_cleanly()
+}
+
+/// Two agents would cost the job twice: the second waits for the first to end, and takes over.
+#[test]
+fn a_second_agent_waits_for_the_first() -> Result<()> {
+    if !privileged("a_second_agent_waits_for_the_first") {
+        return Ok(());
+    }
+    let store = tempfile::tempdir()?;
+    let settings = format!("[store]\ndir = \"{}\"\n", store.path().display());
+    let mut first = LoneAgent::start(&settings, &[])?;
+    first.says(&["agent starts", "runs without"])?;
+    let mut second = LoneAgent::start(&settings, &[])?;
+    second.says(&["in use by another agent", "waiting"])?;
+    std::thread::sleep(Duration::from_millis(300));
+    ensure!(
+        !second.log()?.contains("runs without"),
+        "it did not wait: {}",
+        second.log()?
+    );
+    first.stops_cleanly()?;
+    second.says(&["runs without"])?;
+    second.stops_cleanly()
+}
+
 #[test]
 fn a_store_that_cannot_be_written_is_named() -> Result<()> {
     if !privileged("a_store_that_cannot_be_written_is_named") {
         return Ok(());
     }
     let mut agent = LoneAgent::start("[store]\ndir = \"/proc/stallscope-store\"\n", &[])?;
-    agent.says(&["store", "/proc/stallscope-store"])?;
+    agent.says(&["store", "/proc/stallscope-store", "in memory only"])?;
     agent.stops_cleanly()
 }

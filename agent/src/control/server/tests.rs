@@ -59,6 +59,12 @@ fn served() -> Served {
 #[test]
 fn a_check_of_a_node_without_gpus_is_answered() {
     let served = served();
+    let early = ask(&served.path, &Request::Check { gpu: None }, TIMEOUT).unwrap();
+    assert!(
+        matches!(&early, Answer::Failed { why } if why.contains("starts")),
+        "{early:?}"
+    );
+    served.status.lock().set_health("nvml", Condition::Works);
     let answer = ask(&served.path, &Request::Check { gpu: None }, TIMEOUT).unwrap();
     let Answer::Check(check) = answer else {
         panic!("{answer:?}")
@@ -285,4 +291,40 @@ fn a_client_whose_serving_panics_gives_its_place_back() {
     });
     assert!(serving.join().is_err());
     assert_eq!(clients.load(Ordering::Acquire), 0);
+}
+
+#[test]
+fn clients_that_dribble_do_not_keep_others_out() {
+    let served = served();
+    let mut slow: Vec<UnixStream> = (0..MAX_CLIENTS)
+        .map(|_| UnixStream::connect(&served.path).unwrap())
+        .collect();
+    let start = Instant::now();
+    let mut told = false;
+    while start.elapsed() < CLIENT_TIMEOUT * 2 {
+        for client in &mut slow {
+            let _ = client.write_all(b" ");
+        }
+        match ask(&served.path, &Request::Status, TIMEOUT) {
+            Ok(Answer::Failed { .. }) => told = true,
+            Ok(Answer::Status(_)) if told => return,
+            // The places are not all taken yet.
+            Ok(_) => {}
+            Err(error) => panic!("a busy agent says that it is busy: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    panic!(
+        "the agent was kept busy for {:?}; told so: {told}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn an_agent_that_is_stopped_is_called_late() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("deaf.sock");
+    let _listener = UnixListener::bind(&path).unwrap();
+    let error = ask(&path, &Request::Status, Duration::from_millis(50)).unwrap_err();
+    assert!(error.to_string().contains("nothing came within 50ms"), "{error}");
 }

@@ -19,8 +19,10 @@ mod convert;
 mod device;
 #[cfg(test)]
 mod tests;
+pub mod trial;
 mod watch;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
@@ -66,14 +68,27 @@ pub enum NvmlError {
         /// The library's own error.
         why: String,
     },
+    /// Starting the library ends the process that tries.
+    #[error(
+        "no GPU counters: {library} crashes as it starts (signal {signal}); it is damaged or does not fit the driver: \
+         install the driver again"
+    )]
+    Crashed {
+        /// As configured.
+        library: String,
+        /// The signal.
+        signal: i32,
+    },
     /// Starting the library did not end in time.
     #[error("no GPU counters: {library} did not start within {} s; the driver hangs, see the kernel's log", OPEN_DEADLINE.as_secs())]
     Hung {
         /// As configured.
         library: String,
     },
-    /// A thread cannot be started.
-    #[error("no GPU counters: a thread cannot be started ({0}); raise the limit of tasks")]
+    /// A thread or process cannot be started.
+    #[error(
+        "no GPU counters: a thread or process cannot be started ({0}); raise the limits of tasks and files"
+    )]
     Thread(#[from] std::io::Error),
 }
 
@@ -119,6 +134,15 @@ struct Opened {
 }
 
 impl NvmlSource {
+    /// [`NvmlSource::open`], after `program`, the agent's own binary, survived starting the library in a child.
+    ///
+    /// # Errors
+    /// When the library is missing, crashes, refuses to start, or hangs.
+    pub fn open_tried(program: &Path, settings: &config::Nvml) -> Result<Self, NvmlError> {
+        trial::try_in_child(program, &settings.library)?;
+        Self::open(settings)
+    }
+
     /// Loads the library and starts sampling.
     ///
     /// # Errors
@@ -200,6 +224,12 @@ impl NvmlSource {
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Whether any device is listed.
+    #[must_use]
+    pub fn has_devices(&self) -> bool {
+        !self.gpus.is_empty()
     }
 
     /// One line per GPU, for `doctor` and status.
