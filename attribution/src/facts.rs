@@ -210,6 +210,65 @@ pub struct ForeignLoad {
     pub sm_ppm: u32,
 }
 
+/// The GPU's links and faults, as the driver tells them, over a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LinkFacts {
+    /// Lanes of the host's link in use under load; 0 when unknown.
+    pub pcie_lanes: u32,
+    /// Lanes that device and slot both have; 0 when unknown.
+    pub pcie_lanes_max: u32,
+    /// PCIe generation of the host's link under load; 0 when unknown.
+    pub pcie_generation: u32,
+    /// PCIe generation that device and slot both have; 0 when unknown.
+    pub pcie_generation_max: u32,
+    /// Packets sent again on the host's link.
+    pub pcie_replays: u64,
+    /// Links to other GPUs that should be up; 0 when there are none.
+    pub nvlinks: u32,
+    /// Of them, down.
+    pub nvlinks_down: u32,
+    /// Errors on the links to other GPUs that had to be recovered from.
+    pub nvlink_errors: u64,
+    /// Critical faults the driver reported (XIDs, uncorrectable memory errors).
+    pub faults: u32,
+    /// Code of the last of them; 0 when none.
+    pub fault_code: u32,
+}
+
+impl LinkFacts {
+    /// What the host's link moves of what it could, parts per million; [`PPM`] when unknown.
+    ///
+    /// A lane moves 0.985 GB/s in generation 3 and twice that in each further one.
+    #[must_use]
+    pub fn pcie_ppm(&self) -> u64 {
+        let known = [
+            self.pcie_lanes,
+            self.pcie_lanes_max,
+            self.pcie_generation,
+            self.pcie_generation_max,
+        ];
+        if known.contains(&0) {
+            return PPM;
+        }
+        let rate = |lanes: u32, generation: u32| u64::from(lanes.min(64)) << generation.min(16);
+        let now = rate(self.pcie_lanes, self.pcie_generation);
+        let best = rate(self.pcie_lanes_max, self.pcie_generation_max);
+        (now * PPM / best.max(1)).min(PPM)
+    }
+
+    /// What the host's link moves now, bytes/s in one direction; 0 when unknown.
+    #[must_use]
+    pub fn pcie_bytes_per_s(&self) -> u64 {
+        // Generation 3 moves 0.985 GB/s a lane.
+        let lanes = u64::from(self.pcie_lanes.min(64)) << self.pcie_generation.min(16);
+        if self.pcie_generation == 0 {
+            0
+        } else {
+            lanes * 985_000_000 / 8
+        }
+    }
+}
+
 /// Copies between host and device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Copies {
@@ -274,6 +333,8 @@ pub struct StepEvidence {
     pub clock: Reading<ClockFacts>,
     /// Other processes on the GPU.
     pub foreign: Reading<ForeignLoad>,
+    /// The GPU's links and faults.
+    pub links: Reading<LinkFacts>,
     /// Kernel records lost in the window: what they would have said is missing above.
     pub lost_records: u64,
 }
@@ -311,6 +372,8 @@ pub struct StepSignals {
     pub reference_sm_mhz: Option<u32>,
     /// Other processes.
     pub foreign: Reading<ForeignLoad>,
+    /// The GPU's links and faults.
+    pub links: Reading<LinkFacts>,
     /// Lost kernel records.
     pub lost_records: u64,
 }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use stallscope_attribution::budget::{assess, assess_span};
 use stallscope_attribution::facts::{
     Activity, ClockFacts, CollectiveFact, Copies, DeviceProfile, ForeignLoad, GpuSubject, HostState,
-    SpanKind, StateInterval, StepEvidence, StepMethod, WorkerLoad,
+    LinkFacts, SpanKind, StateInterval, StepEvidence, StepMethod, WorkerLoad,
 };
 use stallscope_attribution::leaf::{Class, Leaf};
 use stallscope_attribution::peaks;
@@ -51,6 +51,7 @@ fn empty(window: Window) -> StepEvidence {
         activity: Reading::NotMeasured,
         clock: Reading::NotMeasured,
         foreign: Reading::NotMeasured,
+        links: Reading::NotMeasured,
         lost_records: 0,
     }
 }
@@ -380,6 +381,7 @@ prop_compose! {
         activity in reading(any_activity()),
         clock in reading(any::<u32>()),
         foreign in reading((0_u32..3, any::<u32>())),
+        lanes in reading((0_u32..20, 0_u32..20)),
     ) -> StepEvidence {
         let mut evidence = empty(Window::new(500, 500 + length).unwrap());
         evidence.drained = drained;
@@ -396,6 +398,9 @@ prop_compose! {
         evidence.clock = clock.map(|sm_mhz| ClockFacts { sm_mhz, ..ClockFacts::default() });
         evidence.foreign =
             foreign.map(|(processes, sm_ppm)| ForeignLoad { processes, largest_pid: 1, sm_ppm });
+        evidence.links = lanes.map(|(pcie_lanes, pcie_lanes_max)| LinkFacts {
+            pcie_lanes, pcie_lanes_max, pcie_generation: 4, pcie_generation_max: 5, ..LinkFacts::default()
+        });
         evidence
     }
 }
@@ -420,6 +425,42 @@ prop_compose! {
             comm_bytes_per_s: comm,
         }
     }
+}
+
+#[test]
+fn copies_over_half_a_link_take_twice_their_time() {
+    // 60 ms of copies at the best rate beside 40 ms of idle time inside the busy span.
+    let mut evidence = step();
+    evidence.copies = Copies {
+        to_device_bytes: 60 * 63_000_000,
+        count: 1,
+        ..Copies::default()
+    };
+    if let Reading::Value(activity) = &mut evidence.activity {
+        activity.busy_ppm = 500_000;
+        activity.sm_ppm = activity.sm_ppm * 5 / 9;
+    }
+    let profile = DeviceProfile {
+        host_link_bytes_per_s: Some(63_000_000_000),
+        ..h100()
+    };
+    let links = |lanes| {
+        Reading::Value(LinkFacts {
+            pcie_lanes: lanes,
+            pcie_lanes_max: 16,
+            pcie_generation: 5,
+            pcie_generation_max: 5,
+            ..LinkFacts::default()
+        })
+    };
+    evidence.links = links(16);
+    about(leaf_ms(&evidence, &profile, Leaf::MemoryCopy), 60);
+    about(leaf_ms(&evidence, &profile, Leaf::MemoryPcie), 0);
+    evidence.links = links(8);
+    about(leaf_ms(&evidence, &profile, Leaf::MemoryCopy), 60);
+    about(leaf_ms(&evidence, &profile, Leaf::MemoryPcie), 60);
+    evidence.links = Reading::Unsupported;
+    assert!(!assess(&evidence, &profile).budget.is_measured(Leaf::MemoryPcie));
 }
 
 proptest! {

@@ -4,7 +4,9 @@ use super::arith::{mul_div, ppm_of, signed};
 use super::busy::{Estimate, Ideal, exposed_comm, foreign_share, ideal, split_compute};
 use super::idle::{HostTime, host_time, inside_busy_span};
 use super::{Budget, Leaves};
-use crate::facts::{DeviceProfile, GpuStep, PPM, Span, SpanKind, StepEvidence, StepMethod, StepSignals};
+use crate::facts::{
+    DeviceProfile, GpuStep, LinkFacts, PPM, Span, SpanKind, StepEvidence, StepMethod, StepSignals,
+};
 use crate::leaf::{Class, Leaf};
 
 /// Share of the drained time by which a device average over the step may be off, because its samples straddle the
@@ -51,6 +53,8 @@ pub fn assess_span(evidence: &StepEvidence, profile: &DeviceProfile, kind: SpanK
 struct Classes {
     comm: Option<Estimate>,
     copy_ns: u64,
+    /// Of them, what the host's link took longer than at its best.
+    pcie_ns: u64,
     idle_ns: u64,
     compute_ns: u64,
     /// Copy time that may be exposed at most, ns.
@@ -75,9 +79,13 @@ fn budget(evidence: &StepEvidence, profile: &DeviceProfile, host: &HostTime, is_
     if classes.copy_high_ns > 0 {
         leaves.set(
             Leaf::MemoryCopy,
-            signed(classes.copy_ns),
+            signed(classes.copy_ns - classes.pcie_ns),
             Some((0, signed(classes.copy_high_ns))),
         );
+        if evidence.links.value().is_some() {
+            let most = (classes.pcie_ns > 0).then_some((0, signed(classes.copy_high_ns)));
+            leaves.set(Leaf::MemoryPcie, signed(classes.pcie_ns), most);
+        }
     }
     for estimate in split_compute(evidence, profile, ideal, classes.compute_ns) {
         leaves.set(estimate.leaf, estimate.ns, estimate.bounds);
@@ -112,11 +120,13 @@ fn classes(evidence: &StepEvidence, profile: &DeviceProfile, host: &HostTime, id
         .to_device_bytes
         .saturating_add(evidence.copies.to_host_bytes);
     let link = profile.host_link_bytes_per_s.filter(|rate| *rate > 0);
-    let copy_high_ns = link
-        .map_or(0, |rate| mul_div(copied, 1_000_000_000, rate))
-        .min(window_ns - drained_ns);
+    // A link that runs below its best takes that much longer.
+    let link_ppm = evidence.links.value().map_or(PPM, LinkFacts::pcie_ppm).max(1);
+    let at_best_ns = link.map_or(0, |rate| mul_div(copied, 1_000_000_000, rate));
+    let copy_high_ns = mul_div(at_best_ns, PPM, link_ppm).min(window_ns - drained_ns);
     // Copy engines do not count as activity: an exposed copy is part of what looks idle.
     let copy_ns = copy_high_ns.min(extra_ns);
+    let pcie_ns = copy_ns - ppm_of(copy_ns, link_ppm);
     extra_ns -= copy_ns;
 
     let idle_ns = drained_ns + extra_ns;
@@ -135,6 +145,7 @@ fn classes(evidence: &StepEvidence, profile: &DeviceProfile, host: &HostTime, id
     Classes {
         comm,
         copy_ns,
+        pcie_ns,
         idle_ns,
         compute_ns,
         copy_high_ns,
@@ -232,6 +243,7 @@ fn signals(evidence: &StepEvidence, profile: &DeviceProfile, host: &HostTime) ->
         clock: evidence.clock.clone(),
         reference_sm_mhz: profile.reference_sm_mhz,
         foreign: evidence.foreign.clone(),
+        links: evidence.links.clone(),
         lost_records: evidence.lost_records,
     }
 }

@@ -3,15 +3,20 @@
 //! Everyone in a synchronous step has the same length of step, so the rank with the least exposed communication
 //! arrived last and the others' excess over it was waiting. The host's part of a rank's time is exact in every step;
 //! compute comes from device averages that blur over edges, so it is averaged over a block of steps first.
+//!
+//! Ranks that arrive about as late as the last one share the blame in proportion to their lateness: of a pipeline
+//! stage with more work, or a node without a CPU, chance alone decides which rank is the very last.
 
 use core::ops::Range;
 
 use super::align::{AlignedStep, ByLeaf, median};
-use crate::budget::arith::{apportion, signed};
+use crate::budget::arith::{apportion, mul_div, signed};
 use crate::leaf::{Class, Leaf};
 
 /// Steps in a block.
 const BLOCK: usize = 10;
+/// Who waited for less than this share of what the first rank waited for was late too, percent.
+const LATE_PERCENT: u64 = 35;
 /// A last arriver leads by at least this, parts per million of the step: below it the order is chance.
 const MARGIN_PPM: u128 = 20_000;
 /// A clock this much below the other ranks' explains slower compute, percent.
@@ -37,30 +42,42 @@ pub(super) struct Move {
 pub(super) struct Skew {
     /// By aligned step and rank: waiting, ns.
     pub(super) waited: Vec<Vec<u64>>,
-    /// By aligned step: who was last, where somebody was.
-    pub(super) last: Vec<Option<usize>>,
+    /// By aligned step: who was late, with weights; empty where nobody was.
+    pub(super) late: Vec<Vec<Late>>,
     /// Sums to all waiting of steps that had a last rank.
     pub(super) moves: Vec<Move>,
 }
 
+/// A rank that others waited for in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Late {
+    /// Its position.
+    pub(super) rank: usize,
+    /// How much later than the first rank it arrived, ns.
+    by_ns: u64,
+}
+
 /// Finds waiting in the regimes of a job. Blocks do not cross regimes.
 pub(super) fn skew(steps: &[AlignedStep<'_>], regimes: &[Range<usize>]) -> Skew {
+    let ranks = steps.first().map_or(0, |step| step.cells.len());
     let mut skew = Skew {
-        waited: Vec::with_capacity(steps.len()),
-        ..Skew::default()
+        // Steps before the first regime have neither.
+        waited: vec![vec![0; ranks]; steps.len()],
+        late: vec![Vec::new(); steps.len()],
+        moves: Vec::new(),
     };
     for regime in regimes {
         for at in regime.clone().step_by(BLOCK) {
             let block = &steps[at..(at + BLOCK).min(regime.end)];
             let waited = waiting(block);
-            let last: Vec<_> = block
+            let late: Vec<_> = block
                 .iter()
                 .zip(&waited)
-                .map(|(step, waited)| last_rank(step, waited))
+                .map(|(step, waited)| late_ranks(step, waited))
                 .collect();
-            skew.moves.extend(moves(block, &waited, &last, at));
-            skew.waited.extend(waited);
-            skew.last.extend(last);
+            skew.moves.extend(moves(block, &waited, &late, at));
+            skew.waited.splice(at..at + block.len(), waited);
+            skew.late.splice(at..at + block.len(), late);
         }
     }
     skew
@@ -69,7 +86,10 @@ pub(super) fn skew(steps: &[AlignedStep<'_>], regimes: &[Range<usize>]) -> Skew 
 /// By step of the block and rank: waiting, ns. Nobody waits where fewer than two ranks were seen.
 fn waiting(block: &[AlignedStep<'_>]) -> Vec<Vec<u64>> {
     let ranks = block.first().map_or(0, |step| step.cells.len());
-    let compute = block_compute(block, ranks);
+    let mut compute = block_compute(block, ranks);
+    for (compute, unseen) in compute.iter_mut().zip(unseen_idle(block, ranks)) {
+        *compute = compute.saturating_add(unseen);
+    }
     let mut waited: Vec<Vec<u64>> = block.iter().map(|step| step_waiting(step, &compute)).collect();
     // No rank waited longer than it communicated: what the averages say beyond that is not there to be moved.
     for rank in 0..ranks {
@@ -87,6 +107,33 @@ fn waiting(block: &[AlignedStep<'_>]) -> Vec<Vec<u64>> {
         }
     }
     waited
+}
+
+/// Idle time of each rank that its device average cannot show, because another process keeps the device busy: what its
+/// peers have beyond it, ns per step. It looked like communication, which holds as few SMs.
+fn unseen_idle(block: &[AlignedStep<'_>], ranks: usize) -> Vec<i64> {
+    let mean = |rank: usize| {
+        let cells = || block.iter().filter_map(|step| step.cells[rank].as_ref());
+        let shared = cells().any(|cell| {
+            let foreign = cell.step.signals.foreign.value();
+            foreign.is_some_and(|load| load.processes > 0 && load.sm_ppm >= FOREIGN_PPM)
+        });
+        let sum: i64 = cells()
+            .map(|cell| cell.class_ns(Class::Idle) + cell.class_ns(Class::Memory))
+            .sum();
+        (shared, sum / i64::try_from(cells().count().max(1)).unwrap_or(1))
+    };
+    let means: Vec<(bool, i64)> = (0..ranks).map(mean).collect();
+    let alone: Vec<i64> = means
+        .iter()
+        .filter(|(shared, _)| !shared)
+        .map(|(_, ns)| *ns)
+        .collect();
+    let normal = median(alone);
+    means
+        .iter()
+        .map(|(shared, ns)| if *shared { (normal - ns).max(0) } else { 0 })
+        .collect()
 }
 
 /// Mean compute of each rank over the block, steps alone, ns.
@@ -151,25 +198,47 @@ fn step_waiting(step: &AlignedStep<'_>, compute: &[i64]) -> Vec<u64> {
     }
 }
 
-/// The rank that waited least, where somebody waited. Of one rank alone nobody knows for whom it waited.
-fn last_rank(step: &AlignedStep<'_>, waited: &[u64]) -> Option<usize> {
-    if step.present() < 2 || waited.iter().all(|ns| *ns == 0) {
-        return None;
+/// The ranks that waited least, where somebody waited. Of one rank alone nobody knows for whom it waited.
+fn late_ranks(step: &AlignedStep<'_>, waited: &[u64]) -> Vec<Late> {
+    let most = waited.iter().max().copied().unwrap_or(0);
+    if step.present() < 2 || most == 0 {
+        return Vec::new();
     }
-    (0..waited.len())
-        .filter(|rank| step.cells[*rank].is_some())
-        .min_by_key(|rank| waited[*rank])
+    let present = || (0..waited.len()).filter(|rank| step.cells[*rank].is_some());
+    let least = present().map(|rank| waited[rank]).min().unwrap_or(0);
+    present()
+        .filter(|rank| waited[*rank] == least || waited[*rank] < mul_div(most, LATE_PERCENT, 100))
+        .map(|rank| Late {
+            rank,
+            by_ns: (most - waited[rank]).max(1),
+        })
+        .collect()
 }
 
-/// Moves a block's waiting to the last ranks of its steps.
-fn moves(block: &[AlignedStep<'_>], waited: &[Vec<u64>], last: &[Option<usize>], at: usize) -> Vec<Move> {
+/// Each late rank's part of a step's waiting; the parts sum to it.
+fn shares(late: &[Late], waited: &[u64]) -> Vec<u64> {
+    let weights: Vec<u64> = late.iter().map(|late| late.by_ns).collect();
+    let total = waited.iter().fold(0, |sum: u64, ns| sum.saturating_add(*ns));
+    apportion(total, &weights)
+}
+
+/// Moves a block's waiting to the late ranks of its steps.
+fn moves(block: &[AlignedStep<'_>], waited: &[Vec<u64>], late: &[Vec<Late>], at: usize) -> Vec<Move> {
     let ranks = block.first().map_or(0, |step| step.cells.len());
+    let parts: Vec<Vec<u64>> = late
+        .iter()
+        .zip(waited)
+        .map(|(late, waited)| shares(late, waited))
+        .collect();
     let mut moves = Vec::new();
     for culprit in 0..ranks {
-        let late: Vec<usize> = (0..block.len())
-            .filter(|step| last[*step] == Some(culprit))
-            .collect();
-        let ns: u64 = late.iter().map(|step| waited[*step].iter().sum::<u64>()).sum();
+        let part = |step: usize| {
+            let at = late[step].iter().position(|late| late.rank == culprit)?;
+            Some((step, parts[step][at]))
+        };
+        let own: Vec<(usize, u64)> = (0..block.len()).filter_map(part).collect();
+        let ns: u64 = own.iter().map(|(_, ns)| ns).sum();
+        let late: Vec<usize> = own.into_iter().map(|(step, _)| step).collect();
         if ns == 0 {
             continue;
         }

@@ -5,8 +5,9 @@ use core::ops::Range;
 use super::align::{AlignedStep, ByLeaf, Cell, class_ns, median};
 use super::blame::Skew;
 use super::network::{self, PortLoad, Pressure};
-use crate::budget::arith::{mul_div, signed};
-use crate::facts::{PPM, PortFacts};
+use super::regimes;
+use crate::budget::arith::{apportion, mul_div, signed};
+use crate::facts::{LinkFacts, PPM, PortFacts};
 use crate::leaf::{Class, Leaf};
 use crate::time::Window;
 
@@ -24,8 +25,8 @@ pub(super) struct RankLedger {
     pub(super) resplit_measured: u32,
     /// Waiting of others that was moved here, by what kept this rank.
     pub(super) moved: [u64; Leaf::COUNT],
-    /// Steps in which it was last.
-    pub(super) last: u64,
+    /// Steps in which others waited for it.
+    pub(super) late: u64,
     pub(super) throttled_ns: Option<u64>,
     pub(super) worker_cpu_ns: u64,
     pub(super) worker_io_ns: u64,
@@ -42,6 +43,15 @@ pub(super) struct RankLedger {
     pub(super) foreign_ppm: u32,
     pub(super) foreign_processes: u32,
     pub(super) foreign_pid: u32,
+    /// What the host's link moves of its best at least, parts per million.
+    pub(super) pcie_ppm: Option<u64>,
+    pub(super) nvlinks: u32,
+    pub(super) nvlinks_down: u32,
+    pub(super) nvlink_errors: u64,
+    /// What the host's link moves now, bytes/s; 0 when unknown.
+    pub(super) host_link_bytes_per_s: u64,
+    pub(super) faults: u32,
+    pub(super) fault_code: u32,
     pub(super) lost_records: u64,
     /// Steps with device activity.
     pub(super) with_activity: u64,
@@ -89,11 +99,28 @@ impl RankLedger {
             self.power_ns = self.power_ns.saturating_add(clock.power_ns);
             self.temperature_c = self.temperature_c.max(clock.temperature_c);
         }
+        if let Some(links) = signals.links.value() {
+            self.nvlink_errors = self.nvlink_errors.saturating_add(links.nvlink_errors);
+            self.faults = self.faults.saturating_add(links.faults);
+            self.fault_code = if links.faults > 0 {
+                links.fault_code
+            } else {
+                self.fault_code
+            };
+        }
         self.with_activity += u64::from(signals.activity.value().is_some());
     }
 
     /// Facts whose typical value counts: a sample that straddles the regime's edge must not move them.
     fn add_typical<'a>(&mut self, cells: impl Iterator<Item = &'a Cell<'a>> + Clone) {
+        let links: Vec<LinkFacts> = cells
+            .clone()
+            .filter_map(|cell| cell.step.signals.links.value().copied())
+            .collect();
+        self.pcie_ppm = (!links.is_empty()).then(|| median(links.iter().map(LinkFacts::pcie_ppm).collect()));
+        self.nvlinks = median(links.iter().map(|links| links.nvlinks).collect());
+        self.nvlinks_down = median(links.iter().map(|links| links.nvlinks_down).collect());
+        self.host_link_bytes_per_s = median(links.iter().map(LinkFacts::pcie_bytes_per_s).collect());
         let mhz = cells
             .clone()
             .filter_map(|cell| cell.step.signals.clock.value())
@@ -126,6 +153,10 @@ pub(super) struct Ledger {
     /// `CLOCK_REALTIME`.
     pub(super) window: Window,
     pub(super) median_step_ns: u64,
+    /// Typical distance of a step's length from the median, parts per million of it.
+    pub(super) noise_ppm: u64,
+    /// Steps in which anybody was late.
+    pub(super) late_steps: u64,
     /// GPU time, ns.
     pub(super) total_ns: u64,
     pub(super) ranks: Vec<RankLedger>,
@@ -141,9 +172,6 @@ impl Ledger {
         mul_div(ns, PPM, self.total_ns)
     }
 }
-
-/// A regime is compared with one whose steps are shorter by this many parts per million of it.
-const HEALTHIER_PPM: u64 = 55_000;
 
 /// The ledgers of all regimes, communication split into waiting, transfer, slow network and the rest.
 pub(super) fn ledgers(
@@ -161,10 +189,11 @@ pub(super) fn ledgers(
     for at in 0..ledgers.len() {
         ledgers[at].baseline = best.filter(|best| {
             let (own, base) = (ledgers[at].median_step_ns, ledgers[*best].median_step_ns);
-            *best != at && own - base >= mul_div(base, HEALTHIER_PPM, PPM)
+            let noise_ppm = ledgers[at].noise_ppm.max(ledgers[*best].noise_ppm);
+            *best != at && own - base >= mul_div(base, regimes::healthier_ppm(noise_ppm), PPM)
         });
-        let before = ledgers[at].baseline.map(|best| ledgers[best].ports.clone());
-        ledgers[at].pressure = network::pressure(&ledgers[at].ports, before.as_deref());
+        let base = ledgers[at].baseline.map(|best| &ledgers[best]);
+        ledgers[at].pressure = pressure(&ledgers[at], base);
     }
     // Healthy regimes first: the others take them as reference.
     let mut order: Vec<usize> = (0..ledgers.len()).collect();
@@ -172,6 +201,7 @@ pub(super) fn ledgers(
     for at in order {
         let base = ledgers[at].baseline.map(|base| ledgers[base].ranks.clone());
         resplit(&mut ledgers[at], base.as_deref(), nodes);
+        move_detour(&mut ledgers[at]);
         resplit_data(&mut ledgers[at], base.as_deref());
         resplit_contention(&mut ledgers[at], base.as_deref());
     }
@@ -186,9 +216,9 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
         let cells = part.iter().filter_map(|step| step.cells[rank].as_ref());
         cells.clone().for_each(|cell| ledger.add(cell));
         ledger.add_typical(cells);
-        ledger.last = skew.last[regime.clone()]
+        ledger.late = skew.late[regime.clone()]
             .iter()
-            .filter(|last| **last == Some(rank))
+            .filter(|late| late.iter().any(|late| late.rank == rank))
             .count() as u64;
         let waited: u64 = skew.waited[regime.clone()]
             .iter()
@@ -212,8 +242,14 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
     let start = part.first().map_or(0, |step| step.window.start_ns());
     let end = part.last().map_or(start, |step| step.window.end_ns());
     let window = Window::new(start, end).unwrap_or_default();
+    let lengths: Vec<u64> = part.iter().map(AlignedStep::step_ns).collect();
     Ledger {
-        median_step_ns: median(part.iter().map(AlignedStep::step_ns).collect()),
+        median_step_ns: median(lengths.clone()),
+        noise_ppm: regimes::noise_ppm(&lengths),
+        late_steps: skew.late[regime.clone()]
+            .iter()
+            .filter(|late| !late.is_empty())
+            .count() as u64,
         total_ns: ranks.iter().map(|rank| rank.window_ns).sum(),
         ports: network::loads(ports, window),
         steps: regime,
@@ -224,15 +260,77 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
     }
 }
 
+/// More bytes on the wire for the same payload than in the healthy regime, parts per million: another algorithm.
+const WASTEFUL_PPM: u64 = 1_150_000;
+
+/// What holds the collectives back: a port, the fabric, the links inside a node, or the way they are done.
+fn pressure(ledger: &Ledger, base: Option<&Ledger>) -> Pressure {
+    let of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
+    if matches!(of_ports, Pressure::Port(_)) {
+        return of_ports;
+    }
+    let down = |ledger: &Ledger| {
+        ledger
+            .ranks
+            .iter()
+            .map(|rank| rank.nvlinks_down)
+            .max()
+            .unwrap_or(0)
+    };
+    if down(ledger) > base.map_or(0, down) {
+        return Pressure::Nvlink;
+    }
+    let on_wire = |ledger: &Ledger| {
+        let sent = ledger
+            .ports
+            .iter()
+            .map(|port| port.sent_bytes)
+            .fold(0, u64::saturating_add);
+        let payload = ledger
+            .ranks
+            .iter()
+            .map(|rank| rank.comm_bytes)
+            .fold(0, u64::saturating_add);
+        mul_div(sent, PPM, payload)
+    };
+    let before = base.map_or(0, on_wire);
+    if before > 0 && on_wire(ledger) >= mul_div(before, WASTEFUL_PPM, PPM) {
+        return Pressure::Config;
+    }
+    of_ports
+}
+
+/// What collectives inside a node take longer over the host's link than over the links that are down, per rank, ns;
+/// an estimate for a job nobody saw healthy.
+fn detour_ns(rank: &RankLedger, gpus: u64) -> u64 {
+    let moved = mul_div(rank.comm_bytes, 2 * gpus.saturating_sub(1), gpus.max(1));
+    let whole = mul_div(moved, 1_000_000_000, rank.host_link_bytes_per_s);
+    mul_div(
+        whole,
+        u64::from(rank.nvlinks_down),
+        u64::from(rank.nvlinks.max(rank.nvlinks_down)),
+    )
+}
+
 /// Splits what is left after waiting: what the bytes need at the line rate, what a slow network added, the rest.
 fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
     let line = ledger
         .ports
         .iter()
         .filter_map(|port| port.line_bytes_per_s)
-        .min()
+        // A line that was negotiated down is a loss, not the reference.
+        .max()
         .filter(|_| nodes > 1);
     let slow = ledger.pressure != Pressure::None;
+    let busy_ns = ledger.ports.iter().map(|port| port.busy_ns).max().unwrap_or(0);
+    let steps = ledger.steps.len() as u64;
+    let gpus = (ledger.ranks.len() / nodes.max(1)) as u64;
+    let detour = ledger
+        .ranks
+        .iter()
+        .map(|rank| detour_ns(rank, gpus))
+        .max()
+        .unwrap_or(0);
     let ranks = ledger.ranks.iter().filter(|rank| rank.comm_bytes > 0).count() as u64;
     for (at, rank) in ledger.ranks.iter_mut().enumerate() {
         let rest = u64::try_from(class_ns(&rank.leaves, Class::Comm))
@@ -243,8 +341,7 @@ fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
             let moved = mul_div(rank.comm_bytes, 2 * ranks.saturating_sub(1), ranks.max(1));
             mul_div(moved, 1_000_000_000, line).max(known)
         });
-        let transfer = needed.min(rest);
-        let normal = base.and_then(|base| base.get(at)).map_or(0, |base| {
+        let normal = base.and_then(|base| base.get(at)).map(|base| {
             let own = u64::try_from(class_ns(&base.leaves, Class::Comm)).unwrap_or(0);
             mul_div(
                 own.saturating_sub(base.leaf(Leaf::CommSkew)),
@@ -252,11 +349,22 @@ fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
                 base.steps.max(1),
             )
         });
-        let net = if slow {
-            rest.saturating_sub(transfer.max(normal))
+        // Part of what the bytes need is hidden behind compute: the healthy regime shows how much is not; without one,
+        // the time in which flows had data to send beyond the exposed time was hidden.
+        let hidden = if slow {
+            mul_div(busy_ns, rank.steps, steps).saturating_sub(rest)
         } else {
             0
         };
+        let exposed = normal.map_or(needed.saturating_sub(hidden), |normal| needed.min(normal));
+        let transfer = exposed.min(rest);
+        let net = match (ledger.pressure, normal) {
+            (Pressure::None, _) => 0,
+            (_, Some(normal)) => rest.saturating_sub(transfer.max(normal)),
+            (Pressure::Nvlink, None) => detour.min(rest),
+            (_, None) => rest.saturating_sub(transfer),
+        };
+        let transfer = transfer.min(rest - net);
         if rank.resplit_measured != 0 {
             // Where nothing held packets back, what exceeds the line rate may be the network's or the hosts': it
             // stays in the residual, and the network's part is not measured.
@@ -270,6 +378,29 @@ fn resplit(ledger: &mut Ledger, base: Option<&[RankLedger]>, nodes: usize) {
             signed(transfer) - given[Leaf::CommTransfer.index()],
         );
         shift_comm(rank, Leaf::CommNet, signed(net) - given[Leaf::CommNet.index()]);
+    }
+}
+
+/// Links that are down slow their own node's collectives; the other nodes' ranks wait for it.
+fn move_detour(ledger: &mut Ledger) {
+    let hit: Vec<usize> = (0..ledger.ranks.len())
+        .filter(|at| ledger.ranks[*at].nvlinks_down > 0)
+        .collect();
+    if ledger.pressure != Pressure::Nvlink || hit.is_empty() {
+        return;
+    }
+    let mut waited = 0_u64;
+    for rank in ledger
+        .ranks
+        .iter_mut()
+        .filter(|rank| rank.nvlinks_down == 0 && rank.resplit_measured != 0)
+    {
+        let net = rank.leaf(Leaf::CommNet);
+        shift(rank, Leaf::CommNet, Leaf::CommSkew, signed(net));
+        waited = waited.saturating_add(net);
+    }
+    for (at, part) in hit.iter().zip(apportion(waited, &vec![1; hit.len()])) {
+        ledger.ranks[*at].moved[Leaf::CommNet.index()] += part;
     }
 }
 

@@ -15,6 +15,10 @@ const HELD_PPM: u64 = 250_000;
 const STANDS_OUT: u64 = 2;
 /// Flows that had data to send for this share of the time kept the fabric busy, parts per million.
 const BUSY_PPM: u64 = 350_000;
+/// A line at this share of the others' was negotiated down, percent.
+const SLOWER_LINE_PERCENT: u64 = 60;
+/// Round trips this many hundredths of the smallest show queues on the way.
+const CONGESTED_RTT_PERCENT: u64 = 300;
 /// Share of the busy time in which the receiver, not the network, was the limit, parts per million.
 const RECEIVER_PPM: u64 = 500_000;
 
@@ -34,6 +38,8 @@ pub(super) struct PortLoad {
     pub(super) receiver_limited_ns: u64,
     pub(super) unsent_bytes: u64,
     pub(super) retransmits: u64,
+    /// Highest round trip of a flow over its smallest, hundredths; 0 when unknown.
+    pub(super) rtt_percent: u64,
     pub(super) sent_bytes: u64,
     pub(super) window_ns: u64,
     pub(super) line_bytes_per_s: Option<u64>,
@@ -50,6 +56,12 @@ impl PortLoad {
 
     pub(super) fn sent_bytes_per_s(&self) -> u64 {
         mul_div(self.sent_bytes, 1_000_000_000, self.window_ns)
+    }
+
+    /// Whether the network itself makes flows slow: packets are lost or wait in queues on their way. Flows that tell
+    /// neither may be.
+    fn is_congested(&self) -> bool {
+        self.rtt_percent == 0 || self.rtt_percent >= CONGESTED_RTT_PERCENT || self.retransmits > self.windows
     }
 
     fn add(&mut self, facts: &PortFacts) {
@@ -70,6 +82,9 @@ impl PortLoad {
         for flow in &facts.flows {
             self.unsent_bytes = self.unsent_bytes.max(flow.unsent_bytes);
             self.retransmits = self.retransmits.saturating_add(flow.retransmits);
+            self.rtt_percent =
+                self.rtt_percent
+                    .max(mul_div(u64::from(flow.rtt_us), 100, u64::from(flow.min_rtt_us)));
         }
         self.sent_bytes = self.sent_bytes.saturating_add(facts.sent_bytes);
         self.window_ns = self.window_ns.saturating_add(facts.window.len_ns());
@@ -86,6 +101,10 @@ pub(super) enum Pressure {
     Port(usize),
     /// Between the ports.
     Fabric,
+    /// Between the GPUs of a node.
+    Nvlink,
+    /// Nowhere: the collectives send more than they did before for the same payload.
+    Config,
     /// Nowhere.
     None,
 }
@@ -136,6 +155,9 @@ pub(super) fn pressure(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Press
     if let Some(at) = standing_out(loads, &held, HELD_PPM) {
         return Pressure::Port(at);
     }
+    if let Some(at) = slower_line(loads) {
+        return Pressure::Port(at);
+    }
     // Shaped ports hold packets back all the time: then the depth of the queue tells them apart.
     if loads.iter().any(|load| load.held_ppm() >= HELD_PPM) {
         let depth: Vec<u64> = loads
@@ -149,14 +171,36 @@ pub(super) fn pressure(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Press
     }
     let busy = loads.iter().any(|load| {
         let more = load.busy_ppm() >= BUSY_PPM && load.busy_ppm() * 2 >= normal(load).2 * 3;
-        more && mul_div(load.receiver_limited_ns, PPM, load.busy_ns.max(1)) < RECEIVER_PPM
+        more && load.is_congested()
+            && mul_div(load.receiver_limited_ns, PPM, load.busy_ns.max(1)) < RECEIVER_PPM
+    });
+    let evident = loads.iter().any(|load| {
+        let lossy = load.rtt_percent >= CONGESTED_RTT_PERCENT && load.retransmits > load.windows;
+        lossy && load.busy_ppm() * 10 >= normal(load).2 * 11
     });
     let local = held.iter().any(|held| *held >= HELD_PPM);
-    if busy || local {
+    if busy || local || evident {
         Pressure::Fabric
     } else {
         Pressure::None
     }
+}
+
+/// The one port whose line is far slower than every other node's, and that sends no less of the time than they do.
+fn slower_line(loads: &[PortLoad]) -> Option<usize> {
+    let line = |load: &PortLoad| load.line_bytes_per_s.unwrap_or(u64::MAX);
+    let slowest = (0..loads.len()).min_by_key(|at| line(&loads[*at]))?;
+    let mut others = loads
+        .iter()
+        .filter(|load| load.node != loads[slowest].node)
+        .peekable();
+    others.peek()?;
+    others
+        .all(|other| {
+            let far = mul_div(line(other), SLOWER_LINE_PERCENT, 100) >= line(&loads[slowest]);
+            far && other.line_bytes_per_s.is_some() && loads[slowest].busy_ppm() >= other.busy_ppm()
+        })
+        .then_some(slowest)
 }
 
 /// The one load whose value is at least `least` and stands out from every other node's.
@@ -205,6 +249,22 @@ mod tests {
     fn busy_flows_without_a_local_queue_wait_for_the_fabric() {
         let loads = [load("a", 0, 500_000, 0), load("b", 0, 550_000, 0)];
         assert_eq!(pressure(&loads, None), Pressure::Fabric);
+    }
+
+    #[test]
+    fn a_line_that_was_negotiated_down_is_named() {
+        let with = |node: &str, line, busy| PortLoad {
+            line_bytes_per_s: Some(line),
+            ..load(node, 0, busy, 0)
+        };
+        let loads = [
+            with("a", 12_500, 100_000),
+            with("b", 6_250, 300_000),
+            with("c", 12_500, 100_000),
+        ];
+        assert_eq!(pressure(&loads, None), Pressure::Port(1));
+        let alike = [with("a", 6_250, 100_000), with("b", 6_250, 300_000)];
+        assert_eq!(pressure(&alike, None), Pressure::None);
     }
 
     #[test]

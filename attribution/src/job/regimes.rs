@@ -6,9 +6,19 @@
 use core::ops::Range;
 
 use super::align::{AlignedStep, median};
+use crate::budget::arith::mul_div;
+use crate::facts::PPM;
 
-/// Least difference of medians, parts per million of the smaller.
+/// Least difference of medians on a noisy host, parts per million of the smaller.
 const DIFFERENCE_PPM: u64 = 60_000;
+/// Least difference however steady the steps are.
+const STEADY_PPM: u64 = 18_000;
+/// Least difference in units of the steps' noise.
+const OF_NOISE: u64 = 4;
+/// Leading steps that may be the job's warm-up: compilation, loading of modules, a profiler that attaches.
+const WARM_UP_STEPS: usize = 5;
+/// A leading step this much longer than the median belongs to the warm-up, percent.
+const WARM_UP_PERCENT: u64 = 150;
 /// Share of steps that must lie on their side's half, percent.
 const SEPARATED_PERCENT: usize = 75;
 /// A side has at least this many steps, or lasts this long.
@@ -19,9 +29,49 @@ const FEWEST_STEPS: usize = 4;
 /// Points the search works on; longer histories are folded by medians.
 const POINTS: usize = 240;
 
-/// The regimes, in order; they cover all steps.
+/// The regimes, in order; they cover all steps but those of the job's warm-up.
 pub(super) fn find(steps: &[AlignedStep<'_>]) -> Vec<Range<usize>> {
-    split(&steps.iter().map(AlignedStep::step_ns).collect::<Vec<_>>())
+    let lengths: Vec<u64> = steps.iter().map(AlignedStep::step_ns).collect();
+    let warm_up = warm_up(&lengths);
+    let regimes = split(&lengths[warm_up..]);
+    regimes
+        .into_iter()
+        .map(|regime| regime.start + warm_up..regime.end + warm_up)
+        .collect()
+}
+
+/// How many of the first steps are far longer than what follows; none when they are many.
+fn warm_up(lengths: &[u64]) -> usize {
+    let normal = median(lengths.to_vec());
+    let long = |length: &u64| u128::from(*length) * 100 >= u128::from(normal) * u128::from(WARM_UP_PERCENT);
+    let first = lengths.iter().take_while(|length| long(length)).count();
+    if first <= WARM_UP_STEPS && first * 4 <= lengths.len() {
+        first
+    } else {
+        0
+    }
+}
+
+/// Median distance from the median, parts per million of it.
+pub(super) fn noise_ppm(lengths: &[u64]) -> u64 {
+    let middle = median(lengths.to_vec());
+    mul_div(
+        median(lengths.iter().map(|length| length.abs_diff(middle)).collect()),
+        PPM,
+        middle,
+    )
+}
+
+/// Least difference of two stretches with such noise, parts per million: a steady job shows small changes.
+fn difference_ppm(noise_ppm: u64) -> u64 {
+    noise_ppm
+        .saturating_mul(OF_NOISE)
+        .clamp(STEADY_PPM, DIFFERENCE_PPM)
+}
+
+/// A regime is compared with one whose steps are shorter by this many parts per million.
+pub(super) fn healthier_ppm(noise_ppm: u64) -> u64 {
+    difference_ppm(noise_ppm) / 12 * 11
 }
 
 /// As [`find`], from lengths of steps in ns.
@@ -116,7 +166,8 @@ fn step_between(before: &[u64], after: &[u64]) -> u64 {
 fn verified(before: &[u64], after: &[u64]) -> bool {
     let (left, right) = (median(before.to_vec()), median(after.to_vec()));
     let smaller = left.min(right);
-    if u128::from(left.abs_diff(right)) * 1_000_000 < u128::from(smaller) * u128::from(DIFFERENCE_PPM) {
+    let least = difference_ppm(noise_ppm(before).max(noise_ppm(after)));
+    if u128::from(left.abs_diff(right)) * u128::from(PPM) < u128::from(smaller) * u128::from(least) {
         return false;
     }
     let middle = smaller + left.abs_diff(right) / 2;
@@ -194,10 +245,26 @@ mod tests {
 
     #[test]
     fn a_small_change_is_noise() {
-        assert_eq!(
-            split(&[noisy(400, 40, 10, 1), noisy(420, 40, 10, 2)].concat()),
-            vec![0..80]
-        );
+        let noise = [noisy(400, 40, 40, 1), noisy(420, 40, 40, 2)].concat();
+        assert_eq!(split(&noise), vec![0..80]);
+        let smaller = [noisy(400, 40, 5, 1), noisy(406, 40, 5, 2)].concat();
+        assert_eq!(split(&smaller), vec![0..80]);
+    }
+
+    #[test]
+    fn a_steady_job_shows_a_small_change() {
+        let lengths = [noisy(400, 40, 5, 1), noisy(412, 40, 5, 2)].concat();
+        assert_eq!(split(&lengths), vec![0..40, 40..80]);
+    }
+
+    #[test]
+    fn a_long_first_step_is_warm_up_and_a_long_start_is_not() {
+        let steady = noisy(400, 40, 5, 1);
+        let attached = [vec![4_000 * MS], steady.clone()].concat();
+        assert_eq!(warm_up(&attached), 1);
+        assert_eq!(warm_up(&steady), 0);
+        let slow_start = [noisy(900, 12, 5, 2), steady].concat();
+        assert_eq!(warm_up(&slow_start), 0);
     }
 
     #[test]

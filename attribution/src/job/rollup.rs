@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 
 use super::align;
 use super::ledger::{Ledger, ledgers};
-use super::network::Pressure;
 use super::verdict::{self, Case};
 use super::{Blame, GpuSummary, JobAnalysis, Tier, blame, regimes};
 use crate::budget::Budget;
@@ -48,6 +47,7 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
         .fold(0, |sum: u64, total| sum.saturating_add(total.window_ns()));
     let ideal_ns = ideal(&totals);
     let case = Case {
+        kind: &facts.kind,
         ranks: &ranks,
         subjects: &subjects,
         steps: &steps,
@@ -172,7 +172,7 @@ fn blames(subjects: &[&GpuSubject], ledgers: &[Ledger], totals: &[Budget]) -> Ve
     for ledger in ledgers {
         for (at, rank) in ledger.ranks.iter().enumerate() {
             for leaf in Leaf::ALL.iter().filter(|leaf| rank.moved[leaf.index()] > 0) {
-                let cause = verdict::cause_of(*leaf, rank, Pressure::None).unwrap_or(Cause::Unknown);
+                let cause = verdict::cause_of(*leaf, rank, ledger.pressure).unwrap_or(Cause::Unknown);
                 let cost = costs.entry((at, *leaf)).or_insert((0, cause));
                 cost.0 += rank.moved[leaf.index()];
             }

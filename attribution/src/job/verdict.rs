@@ -4,6 +4,7 @@ mod checkpoint;
 mod costs;
 mod place;
 mod plain;
+mod roof;
 mod rules;
 mod words;
 
@@ -27,6 +28,8 @@ const RETURNS_PERCENT: u64 = 85;
 
 /// Everything the verdicts are made from.
 pub(super) struct Case<'a> {
+    /// Declared kind of job.
+    pub(super) kind: &'a str,
     pub(super) ranks: &'a [&'a GpuHistory],
     pub(super) subjects: &'a [&'a GpuSubject],
     pub(super) steps: &'a [AlignedStep<'a>],
@@ -80,7 +83,14 @@ pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
     }
     verdicts.sort_by(|a, b| b.cost_ns.cmp(&a.cost_ns).then(a.cause.cmp(&b.cause)));
     if verdicts.is_empty() {
-        verdicts.push(plain::unexplained(case).unwrap_or_else(|| plain::nothing(case)));
+        let without_culprit = plain::unexplained(case).or_else(|| roof::slow_kernels(case));
+        verdicts.push(without_culprit.unwrap_or_else(|| plain::nothing(case)));
+    }
+    if case.total_ns > 0 {
+        let limit = roof::Limits::of(case).evidence();
+        verdicts
+            .iter_mut()
+            .for_each(|verdict| verdict.evidence.push(limit.clone()));
     }
     verdicts
 }

@@ -303,6 +303,7 @@ prop_compose! {
             clock: clock.map(|(sm_mhz, thermal_ns, power_ns)| ClockFacts { sm_mhz, thermal_ns, power_ns, ..ClockFacts::default() }),
             reference_sm_mhz,
             foreign: foreign.map(|(processes, largest_pid, sm_ppm)| ForeignLoad { processes, largest_pid, sm_ppm }),
+            links: Reading::NotMeasured,
             lost_records: counts[7],
         }
     }

@@ -1,6 +1,6 @@
 //! Readings: value, not measured, unsupported and failed stay apart on the wire.
 
-use stallscope_attribution::facts::{Activity, ClockFacts, ForeignLoad};
+use stallscope_attribution::facts::{Activity, ClockFacts, ForeignLoad, LinkFacts};
 use stallscope_attribution::reading::Reading;
 
 use super::WireError;
@@ -45,6 +45,7 @@ reading_message!(UintReading, uint_reading, u64);
 reading_message!(ActivityReading, activity_reading, Activity);
 reading_message!(ClockReading, clock_reading, ClockFacts);
 reading_message!(ForeignReading, foreign_reading, ForeignLoad);
+reading_message!(LinkReading, link_reading, LinkFacts);
 
 impl From<Activity> for v1::Activity {
     fn from(activity: Activity) -> Self {
@@ -152,6 +153,89 @@ impl From<v1::ForeignLoad> for ForeignLoad {
             processes,
             largest_pid,
             sm_ppm,
+        }
+    }
+}
+
+impl From<LinkFacts> for v1::LinkFacts {
+    fn from(links: LinkFacts) -> Self {
+        let LinkFacts {
+            pcie_lanes,
+            pcie_lanes_max,
+            pcie_generation,
+            pcie_generation_max,
+            pcie_replays,
+            nvlinks,
+            nvlinks_down,
+            nvlink_errors,
+            faults,
+            fault_code,
+        } = links;
+        Self {
+            pcie_lanes,
+            pcie_lanes_max,
+            pcie_generation,
+            pcie_generation_max,
+            pcie_replays,
+            nvlinks,
+            nvlinks_down,
+            nvlink_errors,
+            faults,
+            fault_code,
+        }
+    }
+}
+
+impl From<v1::LinkFacts> for LinkFacts {
+    fn from(wire: v1::LinkFacts) -> Self {
+        let v1::LinkFacts {
+            pcie_lanes,
+            pcie_lanes_max,
+            pcie_generation,
+            pcie_generation_max,
+            pcie_replays,
+            nvlinks,
+            nvlinks_down,
+            nvlink_errors,
+            faults,
+            fault_code,
+        } = wire;
+        Self {
+            pcie_lanes,
+            pcie_lanes_max,
+            pcie_generation,
+            pcie_generation_max,
+            pcie_replays,
+            nvlinks,
+            nvlinks_down,
+            nvlink_errors,
+            faults,
+            fault_code,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_survive_the_wire_and_a_missing_reading_stays_missing() {
+        let links = LinkFacts {
+            pcie_lanes: 8,
+            pcie_lanes_max: 16,
+            pcie_generation: 4,
+            pcie_generation_max: 5,
+            pcie_replays: 77,
+            nvlinks: 18,
+            nvlinks_down: 2,
+            nvlink_errors: 1 << 40,
+            faults: 1,
+            fault_code: 79,
+        };
+        for reading in [Reading::Value(links), Reading::Unsupported, Reading::NotMeasured] {
+            let back = link_reading::from_wire("links", link_reading::to_wire(&reading));
+            assert_eq!(back.ok(), Some(reading));
         }
     }
 }

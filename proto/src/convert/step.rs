@@ -5,7 +5,7 @@ use stallscope_attribution::facts::{GpuStep, Span, SpanKind, StepMethod, StepSig
 use stallscope_attribution::time::Window;
 
 use super::WireError;
-use super::reading::{activity_reading, clock_reading, foreign_reading, uint_reading};
+use super::reading::{activity_reading, clock_reading, foreign_reading, link_reading, uint_reading};
 use crate::v1;
 
 impl From<StepMethod> for v1::StepMethod {
@@ -82,6 +82,7 @@ impl From<&StepSignals> for v1::StepSignals {
             clock: clock_reading::to_wire(&signals.clock),
             reference_sm_mhz: signals.reference_sm_mhz,
             foreign: foreign_reading::to_wire(&signals.foreign),
+            links: link_reading::to_wire(&signals.links),
             lost_records: signals.lost_records,
         }
     }
@@ -110,6 +111,7 @@ impl TryFrom<v1::StepSignals> for StepSignals {
             clock: clock_reading::from_wire("signals.clock", wire.clock)?,
             reference_sm_mhz: wire.reference_sm_mhz,
             foreign: foreign_reading::from_wire("signals.foreign", wire.foreign)?,
+            links: link_reading::from_wire("signals.links", wire.links)?,
             lost_records: wire.lost_records,
         })
     }

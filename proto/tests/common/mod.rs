@@ -91,6 +91,7 @@ pub(crate) fn full_step() -> GpuStep {
                 largest_pid: 99_999,
                 sm_ppm: 120_000,
             }),
+            links: Reading::NotMeasured,
             lost_records: 3,
         },
     }

@@ -1,9 +1,12 @@
 //! Plays the matrix and prints its tables as Markdown.
+//!
+//! `stallscope-fault-matrix [SEEDS [NAME [explain]]]`: how many seeds, only variants whose name contains this, and
+//! their verdicts in words instead of the tables.
 
 use std::process::ExitCode;
 
 use stallscope_fault_matrix::matrix;
-use stallscope_fault_matrix::score::{Score, score};
+use stallscope_fault_matrix::score::{Score, explain, score};
 use stallscope_fault_matrix::table;
 use stallscope_fault_matrix::variant::Variant;
 
@@ -16,6 +19,12 @@ fn main() -> ExitCode {
     let mut variants = matrix::variants(0..seeds);
     if let Some(only) = &only {
         variants.retain(|variant| variant.name().contains(only.as_str()));
+    }
+    if std::env::args().nth(3).is_some() {
+        variants
+            .iter()
+            .for_each(|variant| println!("{}\n", explain(variant)));
+        return ExitCode::SUCCESS;
     }
     print!("{}", table::markdown(&scores(&variants)));
     ExitCode::SUCCESS

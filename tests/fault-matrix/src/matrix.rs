@@ -37,19 +37,40 @@ fn singles(seed: u64) -> Vec<(&'static str, Fault)> {
     ]
 }
 
+/// Faults beyond the twelve, by the same rules.
+fn further(seed: u64) -> Vec<(&'static str, Fault)> {
+    let (node, rank) = (drawn(seed, 1, NODES), drawn(seed, 22, RANKS));
+    vec![
+        ("13 power cap on one", Fault::PowerCap { rank }),
+        ("14 device fault", Fault::Xid { rank }),
+        ("15 exposed copies", Fault::Copies),
+        ("16 congested fabric", Fault::Fabric),
+        ("17 line negotiated down", Fault::LineDown { node }),
+    ]
+}
+
+/// What a job is, not what happens to it: at one dose, from the start.
+const NATURES: [(&str, Fault); 3] = [
+    ("18 low tensor activity", Fault::LowTensor),
+    ("19 bound by memory", Fault::MemoryBound),
+    ("C6 decode bound by memory", Fault::Decode),
+];
+
 /// Every variant for the given seeds: each scenario at three doses, from the start and beginning mid-run.
 #[must_use]
 pub fn variants(seeds: core::ops::Range<u64>) -> Vec<Variant> {
     let mut variants = Vec::new();
     for seed in seeds {
         for dose in Dose::ALL {
-            for (scenario, fault) in singles(seed) {
+            for (scenario, fault) in singles(seed).into_iter().chain(further(seed)) {
                 for from in onsets(fault) {
                     variants.push(single(scenario, fault, dose, seed, from));
                 }
             }
             variants.extend(compounds(seed, dose));
         }
+        let natures = NATURES.iter();
+        variants.extend(natures.map(|(scenario, fault)| single(scenario, *fault, Dose::Loud, seed, 0)));
         variants.push(Variant {
             scenario: "healthy",
             faults: Vec::new(),

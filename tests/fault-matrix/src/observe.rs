@@ -6,7 +6,7 @@ mod network;
 use stallscope_attribution::budget::{assess, assess_span};
 use stallscope_attribution::facts::{
     ClockFacts, CollectiveFact, Copies, DeviceProfile, ForeignLoad, GpuHistory, GpuSubject, HostState,
-    JobFacts, RecordGap, SpanKind, StateInterval, StepEvidence, StepMethod, WorkerLoad,
+    JobFacts, LinkFacts, RecordGap, SpanKind, StateInterval, StepEvidence, StepMethod, WorkerLoad,
 };
 use stallscope_attribution::peaks;
 use stallscope_attribution::reading::Reading;
@@ -14,8 +14,8 @@ use stallscope_attribution::time::Window;
 
 use crate::job::{Job, Pause, Played};
 use crate::random::Random;
-use crate::variant::{GPUS, NODES, RANKS, Variant};
-use crate::work::{MS, node_of, noise_of};
+use crate::variant::{Fault, GPUS, NODES, RANKS, Variant};
+use crate::work::{MS, ideal, node_of, noise_of};
 use counters::Counters;
 
 /// Collectives of a step: gradient buckets.
@@ -57,6 +57,7 @@ impl NodeClock {
 /// All that reaches the analysis of a job.
 #[must_use]
 pub fn facts(variant: &Variant, job: &Job) -> JobFacts {
+    let is = |fault: Fault| variant.faults.iter().any(|injected| injected.fault == fault);
     let clocks: Vec<NodeClock> = (0..NODES).map(|node| NodeClock::of(variant, node)).collect();
     let mut gaps = Vec::new();
     let gpus = (0..RANKS)
@@ -64,7 +65,7 @@ pub fn facts(variant: &Variant, job: &Job) -> JobFacts {
         .collect();
     JobFacts {
         job: "train".into(),
-        kind: "pretrain".into(),
+        kind: if is(Fault::Decode) { "decode" } else { "pretrain" }.into(),
         gpus,
         ports: network::ports(variant, job, &clocks),
         gaps,
@@ -91,10 +92,11 @@ pub fn node_name(node: usize) -> String {
     format!("node-{node}")
 }
 
-fn profile() -> DeviceProfile {
-    // 450 ms at 989.4 TFLOP/s.
+fn profile(variant: &Variant) -> DeviceProfile {
+    let ideal_ns = ideal(variant.faults.first().map(|injected| injected.fault));
     DeviceProfile {
-        model_flops_per_step: Some(445_230_000_000_000),
+        // The device's peak is 989.4 TFLOP/s.
+        model_flops_per_step: Some(ideal_ns * 989_400),
         ..peaks::profile(0x2330_10de, "")
     }
 }
@@ -110,6 +112,7 @@ fn history(
     let mut random = Random::new(noise_of(variant, rank) ^ 0x105e);
     let mut steps = Vec::with_capacity(job.steps.len());
     let mut lost = 0;
+    let profile = profile(variant);
     let mut before: Option<&Played> = None;
     for (index, played) in job.steps.iter().map(|step| &step[rank]).enumerate() {
         let gone = random.below(LOST_STEPS) == 0;
@@ -126,7 +129,7 @@ fn history(
                 before,
                 blind,
             };
-            steps.push(assess(&seen.evidence(), &profile()));
+            steps.push(assess(&seen.evidence(), &profile));
         }
         before = Some(played);
     }
@@ -141,7 +144,7 @@ fn history(
     }
     let spans = job.pauses.iter().map(|pause| {
         let evidence = pause_evidence(rank, clock, &counters, *pause);
-        assess_span(&evidence, &profile(), SpanKind::Checkpoint)
+        assess_span(&evidence, &profile, SpanKind::Checkpoint)
     });
     GpuHistory {
         subject: subject(rank),
@@ -196,6 +199,17 @@ impl Seen<'_> {
         evidence.activity = self.counters.activity(played.start, played.end);
         evidence.clock = Reading::Value(self.clock_facts(window.len_ns()));
         evidence.foreign = Reading::Value(self.foreign());
+        evidence.links = Reading::Value(LinkFacts {
+            pcie_lanes: facts.lanes,
+            pcie_lanes_max: 16,
+            pcie_generation: 5,
+            pcie_generation_max: 5,
+            nvlinks: 18,
+            nvlinks_down: facts.nvlinks_down,
+            faults: facts.faults,
+            fault_code: if facts.faults > 0 { 94 } else { 0 },
+            ..LinkFacts::default()
+        });
         evidence
     }
 
@@ -289,6 +303,7 @@ fn empty(rank: usize, clock: NodeClock, window: Window) -> StepEvidence {
         activity: Reading::NotMeasured,
         clock: Reading::NotMeasured,
         foreign: Reading::Value(ForeignLoad::default()),
+        links: Reading::NotMeasured,
         lost_records: 0,
     }
 }

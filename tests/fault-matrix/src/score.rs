@@ -53,6 +53,37 @@ pub fn score(variant: &Variant) -> Score {
     judge(variant, &truth, &analysis)
 }
 
+/// The analysis of a variant in words: verdicts with what was seen and what was ruled out, and the largest blame.
+#[must_use]
+pub fn explain(variant: &Variant) -> String {
+    let job = play(variant);
+    let analysis = analyse(&observe::facts(variant, &job));
+    let mut lines = vec![variant.name()];
+    for verdict in &analysis.verdicts {
+        lines.push(format!(
+            "{} at {}, {} ppm",
+            verdict.cause.name(),
+            describe(&verdict.place),
+            verdict.share_ppm
+        ));
+        let seen = verdict.evidence.iter();
+        lines
+            .extend(seen.map(|seen| format!("  {}: {} (expected {})", seen.what, seen.value, seen.expected)));
+        let ruled = verdict.ruled_out.iter();
+        lines.extend(ruled.map(|ruled| format!("  not {}: {}", ruled.cause.name(), ruled.why)));
+    }
+    let blame = analysis.blame.iter().take(5);
+    lines.extend(blame.map(|blame| {
+        format!(
+            "  blame {}: {} {} ms",
+            describe(&blame.place),
+            blame.leaf.name(),
+            blame.cost_ns / 1_000_000
+        )
+    }));
+    lines.join("\n")
+}
+
 fn judge(variant: &Variant, truth: &Truth, analysis: &JobAnalysis) -> Score {
     let verdicts = &analysis.verdicts;
     let named = |answer: &Answer| verdicts.iter().any(|verdict| verdict.cause == answer.cause);
@@ -72,7 +103,11 @@ fn judge(variant: &Variant, truth: &Truth, analysis: &JobAnalysis) -> Score {
         .max_by(|a, b| a.1.total_cmp(&b.1))
         .unwrap_or(("", 0.0));
     let count = f64::from(u32::try_from(errors.len().max(1)).unwrap_or(1));
-    let single = truth.expected.first().filter(|_| truth.expected.len() == 1);
+    // What a job is costs nothing against itself.
+    let single = truth
+        .expected
+        .first()
+        .filter(|_| truth.expected.len() == 1 && truth.cost_ns > 0);
     Score {
         variant: variant.clone(),
         expected: truth.expected.clone(),

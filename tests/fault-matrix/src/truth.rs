@@ -148,7 +148,20 @@ fn answers(fault: Fault, dose: Dose) -> (Option<Answer>, Vec<Answer>) {
     };
     match fault {
         Fault::SlowNic { node } => must(Cause::NetworkNic, Where::Port(node)),
-        Fault::HalfPcie { rank } => must(Cause::DevicePcie, Where::Rank(rank)),
+        Fault::HalfPcie { rank } => {
+            // The scenario's job has exposed copies on all ranks to begin with: naming them accuses nobody.
+            let copies = Answer {
+                cause: Cause::DataCopy,
+                place: Where::Job,
+            };
+            (
+                Some(Answer {
+                    cause: Cause::DevicePcie,
+                    place: Where::Rank(rank),
+                }),
+                vec![copies],
+            )
+        }
         Fault::Thermal { rank } => must(Cause::DeviceThermal, Where::Rank(rank)),
         Fault::Loader => must(Cause::DataLoader, Where::Job),
         Fault::LaunchBound => must(Cause::HostLaunch, Where::Job),
@@ -162,11 +175,18 @@ fn answers(fault: Fault, dose: Dose) -> (Option<Answer>, Vec<Answer>) {
             let node = (!interleaved).then(|| node_of(RANKS - 1));
             must(Cause::JobImbalance, Where::Stage { node })
         }
+        Fault::PowerCap { rank } => must(Cause::DevicePowerCap, Where::Rank(rank)),
+        Fault::Xid { rank } => must(Cause::DeviceFault, Where::Rank(rank)),
+        Fault::Copies => must(Cause::DataCopy, Where::Job),
+        Fault::Fabric => must(Cause::NetworkFabric, Where::Job),
+        Fault::LineDown { node } => must(Cause::NetworkNic, Where::Port(node)),
+        Fault::LowTensor => must(Cause::KernelLowTensor, Where::Job),
+        Fault::MemoryBound => must(Cause::KernelMemoryBound, Where::Job),
         Fault::WrongAlgorithm => may(&[Cause::NetworkConfig]),
         // Uneven data may be named as such, of the job as a whole.
         Fault::UnevenSequences => may(&[Cause::JobImbalance]),
         Fault::PowerCapAll if dose != Dose::Masked => may(&[Cause::DevicePowerCap]),
-        Fault::PowerCapAll | Fault::HiddenSlowComm | Fault::ProfilerAttach => may(&[]),
+        Fault::PowerCapAll | Fault::HiddenSlowComm | Fault::ProfilerAttach | Fault::Decode => may(&[]),
     }
 }
 

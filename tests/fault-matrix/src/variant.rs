@@ -57,6 +57,31 @@ pub enum Fault {
         /// Whether stages alternate over ranks; else the stage is the last node.
         interleaved: bool,
     },
+    /// One GPU is held back by its power limit.
+    PowerCap {
+        /// Of which rank.
+        rank: usize,
+    },
+    /// One GPU reports faults and repeats work.
+    Xid {
+        /// Of which rank.
+        rank: usize,
+    },
+    /// Batches are copied without pinned memory, on all ranks.
+    Copies,
+    /// The fabric between the nodes is congested.
+    Fabric,
+    /// A node's port was negotiated down to half its speed.
+    LineDown {
+        /// Which node.
+        node: usize,
+    },
+    /// Pretraining at 11 % of the peak, the tensor cores badly fed by small kernels.
+    LowTensor,
+    /// Pretraining at 11 % of the peak, bound by the device's memory.
+    MemoryBound,
+    /// Control: decoding at 11 % of the peak, bound by the device's memory as it must be.
+    Decode,
     /// Control: a badly chosen algorithm, the same everywhere.
     WrongAlgorithm,
     /// Control: sequences of uneven length, another rank is last in each step.
@@ -151,6 +176,7 @@ impl Variant {
                     | Fault::HiddenSlowComm
                     | Fault::PowerCapAll
                     | Fault::ProfilerAttach
+                    | Fault::Decode
             )
         })
     }

@@ -87,6 +87,10 @@ pub struct Facts {
     pub lanes: u32,
     /// NVLinks down.
     pub nvlinks_down: u32,
+    /// Critical faults reported.
+    pub faults: u32,
+    /// Memory activity in compute, ppm.
+    pub dram_ppm: u64,
 }
 
 /// Share of the base step's host link in exposed copies of scenario 2's job, ns.
@@ -95,7 +99,7 @@ const COPIES_OF_PCIE_JOB: u64 = 80 * MS;
 /// A rank's step of the base job: 1000 ms at 45 % of the peak.
 fn base(random: &mut Random) -> Work {
     // 794.5 of 989.4 TFLOP/s is the best any GEMM reaches here.
-    let ideal = 450 * MS;
+    let ideal = ideal(None);
     let platform = ideal * (9894 - 7945) / 7945;
     Work {
         unknown: 5 * MS,
@@ -125,6 +129,8 @@ fn base(random: &mut Random) -> Work {
             comm: 300 * MS,
             lanes: 16,
             nvlinks_down: 0,
+            faults: 0,
+            dram_ppm: 420_000,
         },
         ..Work::default()
     }
@@ -161,6 +167,28 @@ fn prepare(work: &mut Work, fault: Fault, dose: Dose) {
     if matches!(fault, Fault::HalfPcie { .. }) {
         work.copy = dose.of(COPIES_OF_PCIE_JOB).max(work.copy);
     }
+    if matches!(fault, Fault::LowTensor | Fault::MemoryBound | Fault::Decode) {
+        let lost = work.ideal - ideal(Some(fault));
+        work.ideal -= lost;
+        let platform = work.ideal * (9894 - 7945) / 7945;
+        let less = work.platform - platform;
+        work.platform = platform;
+        if fault == Fault::LowTensor {
+            work.kernel += i64::try_from(lost + less).unwrap_or(0);
+        } else {
+            work.nonmatmul += lost + less;
+            work.facts.dram_ppm = 860_000;
+        }
+    }
+}
+
+/// The model's arithmetic of a step at the peak, ns.
+#[must_use]
+pub const fn ideal(fault: Option<Fault>) -> u64 {
+    match fault {
+        Some(Fault::LowTensor | Fault::MemoryBound | Fault::Decode) => 110 * MS,
+        _ => 450 * MS,
+    }
 }
 
 fn hurt(work: &mut Work, fault: Fault, dose: Dose, rank: usize, victim: bool, random: &mut Random) {
@@ -192,18 +220,29 @@ fn hurt(work: &mut Work, fault: Fault, dose: Dose, rank: usize, victim: bool, ra
         Fault::GcPause if victim => work.gc += ms(300),
         Fault::NvlinkDown { node } if rank / GPUS == node => {
             work.nvlink += ms(90);
-            work.facts.nvlinks_down = 18;
+            work.facts.nvlinks_down = u32::try_from(dose.of(18)).unwrap_or(1);
         }
         Fault::ColdStorage => {
             work.storage += random.around(ms(150), 50);
+            // Eight workers: while they wait for storage they do not compute.
             work.facts.worker_io_ppm = 3_400_000;
-            work.facts.worker_cpu_ppm = work.facts.worker_cpu_ppm.min(400_000);
+            work.facts.worker_cpu_ppm = if work.loader > 0 { 4_500_000 } else { 400_000 };
         }
         Fault::CpuQuota { node } if rank / GPUS == node => {
             work.sched += random.around(ms(180), 20);
             work.facts.throttled += ms(190);
         }
         Fault::Stage { interleaved } if of_stage(rank, interleaved) => work.nonmatmul += ms(200),
+        Fault::PowerCap { rank: hit } if hit == rank => slow_clock(work, ms(190), false),
+        Fault::Xid { rank: hit } if hit == rank => {
+            work.kernel += i64::try_from(ms(150)).unwrap_or(0);
+            work.facts.faults = 1;
+        }
+        Fault::Copies => work.copy += ms(150),
+        Fault::Fabric | Fault::LineDown { .. } => {
+            work.net += ms(300);
+            work.facts.comm += ms(300);
+        }
         Fault::WrongAlgorithm => {
             work.net += ms(120);
             work.facts.comm += ms(240);

@@ -10,7 +10,7 @@ use crate::job::network::Pressure;
 use crate::leaf::Leaf;
 
 /// A group throttled for this share of the time lacks a CPU, parts per million.
-pub(in crate::job) const THROTTLED_PPM: u64 = 100_000;
+pub(in crate::job) const THROTTLED_PPM: u64 = 40_000;
 /// A clock is low when it is below this share of its reference, parts per million.
 const LOW_CLOCK_PPM: u64 = 970_000;
 /// A clock reason held for this share of the time counts, parts per million.
@@ -134,9 +134,14 @@ pub(in crate::job) fn cause_of(leaf: Leaf, rank: &RankLedger, pressure: Pressure
         Leaf::IdleCompile => Cause::HostCompile,
         Leaf::ComputeClock => clock_cause(rank)?,
         Leaf::ComputeContention => Cause::DeviceContention,
+        Leaf::ComputeKernel if rank.faults > 0 => Cause::DeviceFault,
         Leaf::ComputeKernel => Cause::JobImbalance,
-        Leaf::CommNet if pressure == Pressure::Fabric => Cause::NetworkFabric,
-        Leaf::CommNet => Cause::NetworkNic,
+        Leaf::CommNet => match pressure {
+            Pressure::Fabric => Cause::NetworkFabric,
+            Pressure::Nvlink => Cause::NetworkNvlink,
+            Pressure::Config => Cause::NetworkConfig,
+            Pressure::Port(_) | Pressure::None => Cause::NetworkNic,
+        },
         Leaf::MemoryCopy => Cause::DataCopy,
         Leaf::MemoryPcie => Cause::DevicePcie,
         _ => return None,

@@ -1,9 +1,10 @@
 //! Where a cause sits: one rank, one node, or the whole job.
 
 use super::costs::{Cost, THROTTLED_PPM};
+use super::rules::is_persistent;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};
-use crate::facts::GpuSubject;
+use crate::facts::{GpuSubject, PPM};
 use crate::job::ledger::{Ledger, RankLedger};
 use crate::job::network::Pressure;
 
@@ -22,6 +23,9 @@ pub(super) fn hit(cause: Cause, cost: &Cost, ledger: &Ledger, base: Option<&Ledg
         Cause::DataLoader => Some(|rank| rank.worker_cpu_ns),
         Cause::DataStorage => Some(|rank| rank.worker_io_ns),
         Cause::HostLaunch => Some(|rank| rank.on_cpu_ns),
+        Cause::NetworkNvlink => Some(|rank| u64::from(rank.nvlinks_down)),
+        Cause::DeviceFault => Some(|rank| u64::from(rank.faults)),
+        Cause::DevicePcie => Some(|rank| PPM - rank.pcie_ppm.unwrap_or(PPM)),
         Cause::HostCpu
             if ledger
                 .ranks
@@ -78,11 +82,14 @@ pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledge
                 ..Place::default()
             };
         }
-        (Cause::NetworkNic | Cause::NetworkFabric | Cause::JobCheckpoint, _) => return Place::default(),
+        (Cause::NetworkNic | Cause::NetworkFabric | Cause::NetworkConfig | Cause::JobCheckpoint, _) => {
+            return Place::default();
+        }
         _ => {}
     }
     if let [only] = hit
         && subjects.len() > 1
+        && (!moves(cause) || is_persistent(&ledger.ranks[*only], ledger))
     {
         let process = match cause {
             Cause::DeviceContention => Some(ledger.ranks[*only].foreign_pid).filter(|pid| *pid != 0),
@@ -104,6 +111,14 @@ pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledge
         node: whole_node.then(|| node.clone()),
         ..Place::default()
     }
+}
+
+/// Causes that may hit another rank in every step: only one that stays is a place.
+const fn moves(cause: Cause) -> bool {
+    matches!(
+        cause,
+        Cause::HostGc | Cause::HostAlloc | Cause::HostCompile | Cause::HostSync | Cause::JobImbalance
+    )
 }
 
 /// A rank with its GPU and node.

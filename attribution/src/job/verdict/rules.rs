@@ -6,9 +6,15 @@ use super::costs::{Cost, THROTTLED_PPM};
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
 use crate::facts::PPM;
-use crate::job::ledger::Ledger;
+use crate::job::ledger::{Ledger, RankLedger};
 use crate::job::network::Pressure;
 
+/// Noise of the steps' lengths at which a host counts as noisy, parts per million.
+const NOISY_PPM: u64 = 12_000;
+/// In a steady job this share of the usual threshold is enough, percent.
+const STEADY_PERCENT: u64 = 35;
+/// However steady: least share of GPU time that is named, parts per million.
+const LEAST_PPM: u64 = 18_000;
 /// Launches per step above the healthy regime's by this much mean that there is more to launch, parts per million.
 const MORE_LAUNCHES_PPM: u64 = 1_400_000;
 /// Work of the host that costs this share by itself may keep other threads waiting, parts per million.
@@ -25,17 +31,48 @@ pub(super) const PERSISTENT_PERCENT: u64 = 60;
 ///
 /// Without a healthy regime to compare with, what is normal for the job counts as lost too: the host then has to show
 /// more before it is accused.
-fn least_ppm(cause: Cause, ledger: &Ledger) -> u64 {
+///
+/// In a job whose steps are steady a smaller loss stands out, of what a healthy job has next to nothing of.
+fn least_ppm(candidate: &Candidate, ledger: &Ledger) -> u64 {
+    let cause = candidate.cause;
     let compared = ledger.baseline.is_some();
+    let stands_out = (compared && cause != Cause::DevicePowerCap)
+        || matches!(
+            cause,
+            Cause::DataLoader
+                | Cause::DataStorage
+                | Cause::DeviceThermal
+                | Cause::DeviceContention
+                | Cause::HostGc
+                | Cause::JobImbalance
+                | Cause::NetworkNic
+                | Cause::NetworkFabric
+                | Cause::DataCopy
+        )
+        || cause == Cause::HostCpu && throttled(ledger);
+    let least = usual_ppm(cause, ledger, compared, candidate.is_widespread());
+    if stands_out {
+        let steadiness = mul_div(ledger.noise_ppm, 100, NOISY_PPM).clamp(STEADY_PERCENT, 100);
+        mul_div(least, steadiness, 100).max(least.min(LEAST_PPM))
+    } else {
+        least
+    }
+}
+
+fn usual_ppm(cause: Cause, ledger: &Ledger, compared: bool, widespread: bool) -> u64 {
     match cause {
-        Cause::DeviceThermal | Cause::DeviceContention => 40_000,
+        // The driver says that links are down, or that the device is at fault.
+        Cause::NetworkNvlink | Cause::DevicePcie | Cause::DeviceFault => 10_000,
+        Cause::DeviceThermal | Cause::DeviceContention => 20_000,
+        Cause::DevicePowerCap if !widespread => 20_000,
         Cause::HostCpu if throttled(ledger) => 50_000,
         Cause::HostGc | Cause::HostAlloc | Cause::NetworkNic => 60_000,
         Cause::DevicePowerCap => 70_000,
         Cause::DataLoader | Cause::DataStorage if compared => 70_000,
         Cause::DataLoader | Cause::DataStorage => 100_000,
         Cause::HostLaunch | Cause::HostSync | Cause::HostCompile if compared => 90_000,
-        Cause::DataCopy | Cause::DevicePcie | Cause::NetworkFabric => 120_000,
+        Cause::NetworkConfig if compared => 60_000,
+        Cause::DataCopy | Cause::NetworkFabric => 120_000,
         Cause::HostCpu | Cause::JobImbalance if compared => 120_000,
         _ => 150_000,
     }
@@ -54,6 +91,20 @@ fn throttled(ledger: &Ledger) -> bool {
 pub(super) struct Candidate {
     pub(super) cause: Cause,
     pub(super) cost: Cost,
+}
+
+impl Candidate {
+    /// Whether most ranks lose about as much: a setting of the whole job, not a fault of one place.
+    fn is_widespread(&self) -> bool {
+        let most = self.cost.own.iter().max().copied().unwrap_or(0);
+        let alike = self
+            .cost
+            .own
+            .iter()
+            .filter(|own| **own > 0 && own.saturating_mul(2) >= most)
+            .count();
+        alike * 2 > self.cost.own.len()
+    }
 }
 
 /// What the rules decided in one regime.
@@ -133,10 +184,10 @@ fn join_host(
 fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Option<String> {
     let (cause, total) = (candidate.cause, candidate.cost.total());
     let share = super::words::percent(ledger.share_ppm(total));
-    if ledger.share_ppm(total) < least_ppm(cause, ledger) {
+    if ledger.share_ppm(total) < least_ppm(candidate, ledger) {
         return Some(format!(
             "costs {share} of GPU time, below {}",
-            super::words::percent(least_ppm(cause, ledger))
+            super::words::percent(least_ppm(candidate, ledger))
         ));
     }
     if cause == Cause::JobImbalance && !persistent(candidate, ledger) {
@@ -149,7 +200,13 @@ fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Opt
     }
     // A quota is set by somebody: being throttled by it follows from nothing else.
     let set = cause == Cause::HostCpu && throttled(ledger);
-    if let Some(root) = found.iter().find(|found| !set && follows(found.cause, cause)) {
+    // Loaders that compute and loaders that read can both be slow; a small part of either comes with the other.
+    let beside = |root: &Candidate| {
+        let data = |cause| matches!(cause, Cause::DataLoader | Cause::DataStorage);
+        data(cause) && data(root.cause) && total.saturating_mul(2) >= root.cost.total()
+    };
+    let root = |found: &&Candidate| !set && follows(found.cause, cause) && !beside(found);
+    if let Some(root) = found.iter().find(root) {
         return Some(format!(
             "{share} of GPU time, a consequence of {}",
             root.cause.name()
@@ -160,24 +217,28 @@ fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Opt
         .then(|| format!("costs {share} of GPU time, small beside the first cause"))
 }
 
-/// Whether one rank was last in most steps.
+/// Whether the same ranks were late in most steps.
 fn persistent(candidate: &Candidate, ledger: &Ledger) -> bool {
-    let late: u64 = ledger.ranks.iter().map(|rank| rank.last).sum();
     let most = candidate.cost.moved.iter().max().copied().unwrap_or(0);
-    ledger
+    let costliest = ledger
         .ranks
         .iter()
         .zip(&candidate.cost.moved)
-        .any(|(rank, moved)| {
-            *moved == most && rank.last * 100 >= late * PERSISTENT_PERCENT && rank.last * 2 >= rank.steps
-        })
+        .find(|(_, moved)| **moved == most);
+    costliest.is_some_and(|(rank, _)| is_persistent(rank, ledger))
+}
+
+/// Whether others waited for a rank in most of the steps in which anybody was waited for, and in most steps at all.
+pub(super) fn is_persistent(rank: &RankLedger, ledger: &Ledger) -> bool {
+    rank.late * 100 >= ledger.late_steps * PERSISTENT_PERCENT && rank.late * 2 >= rank.steps
 }
 
 /// Whether a cost is what the cause brings with it: starved threads, late ranks, slower neighbours.
 pub(super) fn follows(cause: Cause, cost: Cause) -> bool {
     use Cause::{
         DataLoader, DataStorage, DeviceContention, DevicePowerCap, DeviceThermal, HostCpu, HostLaunch,
-        HostSync, JobCheckpoint, JobImbalance, KernelClock, NetworkFabric, NetworkNic,
+        HostSync, JobCheckpoint, JobImbalance, KernelClock, NetworkConfig, NetworkFabric, NetworkNic,
+        NetworkNvlink,
     };
     let effects: &[Cause] = match cause {
         DataLoader => &[
@@ -206,7 +267,9 @@ pub(super) fn follows(cause: Cause, cost: Cause) -> bool {
             NetworkNic,
         ],
         HostLaunch => &[HostCpu, DataLoader, HostSync, JobImbalance, NetworkFabric],
-        NetworkNic | NetworkFabric => &[HostCpu, HostLaunch, HostSync, JobImbalance],
+        NetworkNic | NetworkFabric | NetworkNvlink | NetworkConfig => {
+            &[HostCpu, HostLaunch, HostSync, JobImbalance]
+        }
         DeviceThermal => &[DevicePowerCap, KernelClock, JobImbalance],
         DevicePowerCap => &[KernelClock, JobImbalance],
         DeviceContention => &[DevicePowerCap, KernelClock, JobImbalance, HostCpu, HostLaunch],

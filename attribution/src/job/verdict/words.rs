@@ -110,7 +110,8 @@ pub(super) fn seen(view: &View<'_>) -> (Vec<Evidence>, usize) {
         Cause::HostCpu => cpu(view, &mut seen),
         Cause::DeviceThermal | Cause::DevicePowerCap | Cause::KernelClock => clock(view, &mut seen),
         Cause::DeviceContention => contention(view, &mut seen),
-        Cause::NetworkNic | Cause::NetworkFabric => network(view, &mut seen),
+        Cause::NetworkNic | Cause::NetworkFabric | Cause::NetworkConfig => network(view, &mut seen),
+        Cause::NetworkNvlink | Cause::DevicePcie | Cause::DeviceFault => links(view, &mut seen),
         Cause::HostGc => one(
             &mut seen,
             view.leaf("GPU idle in a garbage collection", Leaf::IdleGc),
@@ -340,14 +341,56 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     2
 }
 
+fn links(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
+    let most = |of: fn(&RankLedger) -> u64| view.ranks().map(of).max().unwrap_or(0);
+    match view.candidate.cause {
+        Cause::NetworkNvlink => {
+            seen.push(evidence(
+                format!("NVLinks down, {}", view.who()),
+                format!(
+                    "{} of {}",
+                    most(|rank| rank.nvlinks_down.into()),
+                    most(|rank| rank.nvlinks.into())
+                ),
+                "0".into(),
+            ));
+            seen.push(view.leaf("communication beyond what it takes with all links", Leaf::CommNet));
+        }
+        Cause::DevicePcie => {
+            let least = view.ranks().filter_map(|rank| rank.pcie_ppm).min().unwrap_or(0);
+            let what = format!(
+                "rate of the host's link of what device and slot could, {}",
+                view.who()
+            );
+            seen.push(evidence(what, percent(least), "100.0 %".into()));
+            seen.push(view.leaf(
+                "exposed copies beyond what they take at the full rate",
+                Leaf::MemoryPcie,
+            ));
+        }
+        _ => {
+            seen.push(evidence(
+                format!("critical faults the driver reported, {}", view.who()),
+                format!(
+                    "{}, the last with code {}",
+                    most(|rank| rank.faults.into()),
+                    most(|rank| rank.fault_code.into())
+                ),
+                "0".into(),
+            ));
+        }
+    }
+    2
+}
+
 fn imbalance(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     seen.push(view.time("compute without a device reason", |rank| {
         rank.leaf(Leaf::ComputeKernel)
     }));
-    let late: u64 = view.ranks().map(|rank| rank.last).sum();
+    let late = view.ranks().map(|rank| rank.late).sum::<u64>() / (view.hit.len() as u64).max(1);
     let steps = view.ledger.steps.len();
     seen.push(evidence(
-        format!("last to arrive, {}", view.who()),
+        format!("others waited for it, {}", view.who()),
         format!("{late} of {steps} steps"),
         "no rank".into(),
     ));
@@ -402,6 +445,12 @@ pub(super) fn confirm(cause: Cause, place: &Place, pid: Option<u32>) -> String {
             format!("on {node}: nvidia-smi pmon{gpu} -c 5{process}; stop the process that is not the job's")
         }
         Cause::JobCheckpoint => "write the next two checkpoints asynchronously or to local disk: the pause must shrink".into(),
+        Cause::NetworkNvlink => format!("on {node}: nvidia-smi nvlink -s; nvidia-smi nvlink -e (links that are inactive, error counters that grow)"),
+        Cause::NetworkConfig => "compare NCCL_ALGO, NCCL_PROTO and NCCL_TOPO_FILE with the run before, and run all_reduce_perf with NCCL_DEBUG=INFO at the job's sizes".into(),
+        Cause::DevicePcie => format!("on {node}: nvidia-smi -q{gpu} under load (PCIe generation and link width, current against max); reseat the device"),
+        Cause::DeviceFault => format!("on {node}: dmesg | grep -i xid; nvidia-smi -q{gpu} -d ECC,ROW_REMAPPER,PAGE_RETIREMENT; drain the node before the next job"),
+        Cause::KernelLowTensor => "profile one step (torch.profiler with record_shapes): look for small or odd GEMM shapes, FP32 math and unfused element-wise chains".into(),
+        Cause::KernelMemoryBound => "profile one step (Nsight Compute, memory chart): fuse element-wise kernels and attention, or raise the batch, and see memory activity fall beside tensor activity".into(),
         Cause::JobImbalance => "swap the work (data shard or pipeline stage) of that rank with another's: the delay must move with it".into(),
         Cause::DataCopy => "pin the batch's memory and copy on a side stream for 100 steps: exposed copies must go".into(),
         _ => "record 30 s with stallscope record and compare the slowest rank with its neighbours".into(),

@@ -115,6 +115,7 @@ pub(super) fn history(scenario: &Scenario, at: usize, rank: &Rank) -> GpuHistory
         activity: Reading::Value(average(&samples, start_us, end_us, highest)),
         clock: Reading::NotMeasured,
         foreign: Reading::Value(ForeignLoad::default()),
+        links: Reading::NotMeasured,
         lost_records: 0,
     };
     let steps = rank.steps.iter().enumerate().map(|(index, (plan, times))| {

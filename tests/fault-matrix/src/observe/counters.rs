@@ -167,7 +167,13 @@ fn stretches(played: &Played, mut emit: impl FnMut(Stretch)) {
     let idle = work.launch + work.dep;
     let part = |whole: u64, piece: u64| whole * (piece + 1) / PIECES - whole * piece / PIECES;
     for piece in 0..PIECES {
-        push(part(compute, piece), true, COMPUTE_SM, tensor, 420_000);
+        push(
+            part(compute, piece),
+            true,
+            COMPUTE_SM,
+            tensor,
+            work.facts.dram_ppm,
+        );
         push(part(idle, piece), false, 0, 0, 0);
     }
     // Copy engines do not count as activity.

@@ -20,19 +20,29 @@ pub(super) fn ports(variant: &Variant, job: &Job, clocks: &[NodeClock]) -> Vec<P
                     .iter()
                     .any(|injected| injected.fault == fault && injected.acts(index))
             };
-            let comm = first.work.facts.comm;
+            let (comm, net) = (first.work.facts.comm, first.work.net);
+            let slow = acts(Fault::SlowNic { node });
+            let hidden = if acts(Fault::HiddenSlowComm) {
+                variant.dose.of(100 * MS)
+            } else {
+                0
+            };
+            let everywhere = acts(Fault::Fabric) || acts(Fault::LineDown { node });
             let traffic = Traffic {
                 // At a masked dose the queue builds up a tenth of the time.
-                held: acts(Fault::SlowNic { node }) && variant.dose.of(10) > (index as u64 + 3) % 10,
+                held: slow && variant.dose.of(10) > (index as u64 + 3) % 10,
                 wasteful: acts(Fault::WrongAlgorithm),
-                busy_ns: if acts(Fault::SlowNic { node }) {
+                congested: acts(Fault::Fabric),
+                line_bytes_per_s: if acts(Fault::LineDown { node }) {
+                    LINE_BYTES_PER_S / 2
+                } else {
+                    LINE_BYTES_PER_S
+                },
+                // Where the network is fast, flows have data to send only while collectives could move it.
+                busy_ns: if slow || everywhere {
                     comm
                 } else {
-                    comm.min(
-                        300 * MS
-                            + first.work.net
-                            + variant.dose.of(100 * MS) * u64::from(acts(Fault::HiddenSlowComm)),
-                    )
+                    comm.min(300 * MS + waits(net) + hidden)
                 },
                 extra: variant.dose.of(1_000),
             };
@@ -43,12 +53,20 @@ pub(super) fn ports(variant: &Variant, job: &Job, clocks: &[NodeClock]) -> Vec<P
     ports
 }
 
+/// Of what the network adds, the part in which a fast node's flows have data to send: half.
+const fn waits(net: u64) -> u64 {
+    net / 2
+}
+
 /// One node's traffic in one step.
 struct Traffic {
     /// Packets queue in the node's own port.
     held: bool,
     /// More bytes go over the wire than the collectives need.
     wasteful: bool,
+    /// Packets queue and are lost between the nodes.
+    congested: bool,
+    line_bytes_per_s: u64,
     /// Time the busiest flow had data to send, ns.
     busy_ns: u64,
     /// Dose, thousandths.
@@ -68,7 +86,7 @@ impl Traffic {
             port: "eth0".into(),
             window,
             realtime_offset_ns: offset_ns,
-            line_bytes_per_s: Reading::Value(LINE_BYTES_PER_S),
+            line_bytes_per_s: Reading::Value(self.line_bytes_per_s),
             sent_bytes,
             received_bytes: sent_bytes,
             backlog_bytes: Reading::Value(if self.held { 900_000 } else { 0 }),
@@ -81,8 +99,8 @@ impl Traffic {
                 busy_ns: self.busy_ns,
                 receiver_limited_ns: 0,
                 unsent_bytes: if self.held { 2_000_000 } else { 0 },
-                retransmits: 0,
-                rtt_us: if self.held { 9_000 } else { 180 },
+                retransmits: if self.congested { 240 } else { 0 },
+                rtt_us: if self.held || self.congested { 9_000 } else { 180 },
                 min_rtt_us: 90,
             }],
         }
