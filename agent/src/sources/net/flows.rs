@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use stallscope_attribution::facts::FlowFacts;
 
-use super::tcp::{TcpInfo, TcpSocket};
+use super::tcp::{SocketId, TcpInfo, TcpSocket};
 
 /// Most flows reported of one port; the ones that sent most.
 const MAX_FLOWS: usize = 256;
@@ -18,6 +18,7 @@ pub(super) struct Flows {
 
 #[derive(Debug)]
 struct Flow {
+    id: SocketId,
     pid: u32,
     local: SocketAddr,
     peer: SocketAddr,
@@ -49,10 +50,21 @@ impl Flows {
                 // The inode of a closed socket was given to another.
                 *flow = Flow::new(pid, socket);
             }
-            flow.now = socket.info;
-            flow.most_unsent_bytes = flow.most_unsent_bytes.max(socket.info.unsent_bytes);
-            flow.most_rtt_us = flow.most_rtt_us.max(socket.info.rtt_us);
-            flow.seen = true;
+            flow.take(socket);
+        }
+    }
+
+    /// The connections of the flows that are followed.
+    pub(super) fn ids(&self) -> impl Iterator<Item = SocketId> {
+        self.flows.values().map(|flow| flow.id)
+    }
+
+    /// Takes in one of [`Flows::ids`], read again.
+    pub(super) fn update(&mut self, socket: &TcpSocket) {
+        if let Some(flow) = self.flows.get_mut(&socket.inode)
+            && flow.id == socket.id
+        {
+            flow.take(socket);
         }
     }
 
@@ -89,6 +101,7 @@ impl Flows {
 impl Flow {
     fn new(pid: u32, socket: &TcpSocket) -> Self {
         Self {
+            id: socket.id,
             pid,
             local: socket.local,
             peer: socket.peer,
@@ -98,6 +111,13 @@ impl Flow {
             most_rtt_us: 0,
             seen: true,
         }
+    }
+
+    fn take(&mut self, socket: &TcpSocket) {
+        self.now = socket.info;
+        self.most_unsent_bytes = self.most_unsent_bytes.max(socket.info.unsent_bytes);
+        self.most_rtt_us = self.most_rtt_us.max(socket.info.rtt_us);
+        self.seen = true;
     }
 
     fn begin(&mut self) {
@@ -155,6 +175,7 @@ mod tests {
             receiver_limited_us: acked_bytes / 100,
         };
         TcpSocket {
+            id: SocketId::made_up(u8::try_from(inode).unwrap()),
             inode,
             local: local.parse().unwrap(),
             peer: peer.parse().unwrap(),
@@ -172,12 +193,16 @@ mod tests {
     fn deltas_and_maxima_of_one_window() {
         let owners = HashMap::from([(1, 77)]);
         let mut flows = Flows::default();
-        for (acked, unsent, rtt) in [(1000, 10, 100), (3000, 900, 700), (5000, 0, 90)] {
-            flows.sample(
-                &[socket(1, "10.0.0.1:5", "10.0.0.2:6", acked, unsent, rtt)],
-                &owners,
-            );
-        }
+        let at = |acked, unsent, rtt| socket(1, "10.0.0.1:5", "10.0.0.2:6", acked, unsent, rtt);
+        flows.sample(&[at(1000, 10, 100)], &owners);
+        assert_eq!(flows.ids().collect::<Vec<_>>(), [SocketId::made_up(1)]);
+        flows.update(&at(3000, 900, 700));
+        let another = TcpSocket {
+            id: SocketId::made_up(9),
+            ..at(1, 9999, 9999)
+        };
+        flows.update(&another);
+        flows.sample(&[at(5000, 0, 90)], &owners);
         let by_port = flows.finish(&addresses());
         let expected = FlowFacts {
             pid: 77,

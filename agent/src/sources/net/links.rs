@@ -1,4 +1,5 @@
-//! Interfaces, their addresses and queues, by rtnetlink(7) in this network namespace; line rates from sysfs.
+//! Interfaces, their addresses and queues, by rtnetlink(7) in this network namespace; line rates from sysfs for
+//! kernels that do not tell them by [`ethtool`](super::ethtool).
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -78,7 +79,7 @@ pub(super) fn queues(netlink: &mut Netlink) -> Result<BTreeMap<i32, Queue>, Dump
     Ok(queues)
 }
 
-/// The line rate from `speed` (Mbit/s). Interfaces without one answer `EINVAL` or -1.
+/// The line rate from `speed` (Mbit/s) in `/sys`. Interfaces without one answer `EINVAL` or -1.
 pub(super) fn line_bytes_per_s(class_net: &Path, name: &str) -> Reading<u64> {
     const BYTES_PER_MBIT: u64 = 125_000;
     // The name comes from the kernel, but is never let out of the directory.

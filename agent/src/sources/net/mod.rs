@@ -11,6 +11,7 @@
 //! addresses of the node use no port and are left out. Sockets of processes in other network namespaces are not seen:
 //! run one agent in each namespace that carries traffic of the job.
 
+mod ethtool;
 mod flows;
 mod links;
 mod netlink;
@@ -25,6 +26,7 @@ use stallscope_attribution::facts::PortFacts;
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
+use self::ethtool::Ethtool;
 use self::flows::Flows;
 use self::links::{Link, Queue};
 pub use self::netlink::DumpError;
@@ -34,6 +36,8 @@ use crate::observation::{Fact, Observation};
 
 /// How often ports are reported.
 const REPORT_NS: u64 = 1_000_000_000;
+/// Most flows read between two reports; of the others only what they sent is known, not how full they were meanwhile.
+const MOST_SAMPLED: usize = 64;
 
 /// Why the network is not seen at all.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,8 @@ pub enum NetError {
 pub struct NetSource {
     node: String,
     class_net: PathBuf,
+    /// `None` on kernels before 5.6, where only `/sys` knows line rates: those of the namespace it was mounted in.
+    ethtool: Option<Ethtool>,
     diag: Netlink,
     route: Netlink,
     owners: Owners,
@@ -78,6 +84,7 @@ impl NetSource {
         Ok(Self {
             node: node.into(),
             class_net: PathBuf::from("/sys/class/net"),
+            ethtool: Ethtool::open().ok(),
             diag: Netlink::open(Some(rustix::net::netlink::SOCK_DIAG)).map_err(NetError::Netlink)?,
             route: Netlink::open(None).map_err(NetError::Netlink)?,
             owners: Owners::new("/proc"),
@@ -99,15 +106,40 @@ impl NetSource {
     /// Samples flows and queues; about once a second reports every port.
     pub fn poll(&mut self, now_ns: u64, realtime_offset_ns: i64, traced: &BTreeSet<u32>) -> Vec<Observation> {
         self.trouble = None;
-        self.sample_flows(now_ns, traced);
+        let report_due = self
+            .begun
+            .as_ref()
+            .is_none_or(|begun| now_ns >= begun.at_ns.saturating_add(REPORT_NS));
+        if report_due {
+            self.find_flows(now_ns, traced);
+        } else {
+            self.sample_flows();
+        }
         let queues = self.sample_queues();
-        match &self.begun {
-            Some(begun) if now_ns < begun.at_ns.saturating_add(REPORT_NS) => Vec::new(),
-            _ => self.report(now_ns, realtime_offset_ns, queues),
+        if report_due {
+            self.report(now_ns, realtime_offset_ns, queues)
+        } else {
+            Vec::new()
         }
     }
 
-    fn sample_flows(&mut self, now_ns: u64, traced: &BTreeSet<u32>) {
+    /// Reads the flows that are followed once more, each by itself: how full they were within the window.
+    fn sample_flows(&mut self) {
+        let ids: Vec<_> = self.flows.ids().take(MOST_SAMPLED).collect();
+        for id in ids {
+            match tcp::again(&mut self.diag, &id) {
+                Ok(Some(socket)) => self.flows.update(&socket),
+                Ok(None) => {}
+                Err(error) => {
+                    self.trouble = Some(format!("flows are not seen: {error}"));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Reads all connections: a walk over the table of the whole host, and therefore rare.
+    fn find_flows(&mut self, now_ns: u64, traced: &BTreeSet<u32>) {
         if traced.is_empty() {
             return;
         }
@@ -160,6 +192,7 @@ impl NetSource {
             }
         };
         let mut by_port = self.flows.finish(&self.addresses);
+        let rates = self.line_rates(&links);
         let mut observations = Vec::new();
         if let Some(begun) = &self.begun
             && let Some(window) = Window::new(begun.at_ns, now_ns)
@@ -174,7 +207,7 @@ impl NetSource {
                     port: link.name.clone(),
                     window,
                     realtime_offset_ns,
-                    line_bytes_per_s: links::line_bytes_per_s(&self.class_net, &link.name),
+                    line_bytes_per_s: rates.get(index).cloned().unwrap_or(Reading::Unsupported),
                     sent_bytes: link.sent_bytes.saturating_sub(before.sent_bytes),
                     received_bytes: link.received_bytes.saturating_sub(before.received_bytes),
                     backlog_bytes: self.queue_reading(self.backlog.get(index).map(|&bytes| bytes.into())),
@@ -196,6 +229,19 @@ impl NetSource {
             queues,
         });
         observations
+    }
+
+    fn line_rates(&mut self, links: &BTreeMap<i32, Link>) -> BTreeMap<i32, Reading<u64>> {
+        let failed = match self.ethtool.as_mut().map(Ethtool::line_rates) {
+            Some(Ok(rates)) => return rates,
+            Some(Err(error)) => Some(format!("line rates cannot be read: {error}")),
+            None => None,
+        };
+        let rate = |link: &Link| match &failed {
+            Some(why) => Reading::Failed(why.clone()),
+            None => links::line_bytes_per_s(&self.class_net, &link.name),
+        };
+        links.iter().map(|(&index, link)| (index, rate(link))).collect()
     }
 
     fn queue_reading(&self, value: Option<u64>) -> Reading<u64> {

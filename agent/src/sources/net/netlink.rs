@@ -13,8 +13,10 @@ use rustix::net::{
 const HEADER: usize = 16;
 const DONE: u16 = 3;
 const ERROR: u16 = 2;
+/// `NLM_F_REQUEST`
+const REQUEST: u16 = 0x1;
 /// `NLM_F_REQUEST | NLM_F_DUMP`
-const REQUEST_DUMP: u16 = 0x1 | 0x300;
+const REQUEST_DUMP: u16 = REQUEST | 0x300;
 /// The kernel writes dumps in pieces of at most 32 KiB.
 const BUFFER: usize = 64 << 10;
 /// Most pieces of one dump: some 64 MiB.
@@ -68,34 +70,66 @@ impl Netlink {
         answer: u16,
         mut each: impl FnMut(&[u8]),
     ) -> Result<(), DumpError> {
+        self.send(request, REQUEST_DUMP, body)?;
+        for _ in 0..MAX_PIECES {
+            if self.receive(answer, &mut each)? {
+                return Ok(());
+            }
+        }
+        Err(DumpError::Malformed("the dump does not end"))
+    }
+
+    /// Asks for one thing; gives the payload of its `answer` message to `each`.
+    pub(super) fn ask(
+        &mut self,
+        request: u16,
+        body: &[u8],
+        answer: u16,
+        mut each: impl FnMut(&[u8]),
+    ) -> Result<(), DumpError> {
+        self.send(request, REQUEST, body)?;
+        let mut answered = false;
+        for _ in 0..MAX_PIECES {
+            let done = self.receive(answer, &mut |body: &[u8]| {
+                answered = true;
+                each(body);
+            })?;
+            if answered || done {
+                return Ok(());
+            }
+        }
+        Err(DumpError::Malformed("the question is not answered"))
+    }
+
+    fn send(&mut self, kind: u16, flags: u16, body: &[u8]) -> Result<(), DumpError> {
         self.sequence = self.sequence.wrapping_add(1);
-        let message = request_message(request, self.sequence, body);
+        let message = request_message(kind, flags, self.sequence, body);
         sendto(
             &self.socket,
             &message,
             SendFlags::empty(),
             &SocketAddrNetlink::new(0, 0),
         )?;
-        for _ in 0..MAX_PIECES {
-            let (_, length) = recv(&self.socket, self.buffer.as_mut_slice(), RecvFlags::TRUNC)?;
-            let piece = self
-                .buffer
-                .get(..length)
-                .ok_or(DumpError::Malformed("longer than the buffer"))?;
-            if read_piece(piece, self.sequence, answer, &mut each)? {
-                return Ok(());
-            }
-        }
-        Err(DumpError::Malformed("the dump does not end"))
+        Ok(())
+    }
+
+    /// Reads one datagram; true when it ends the answer.
+    fn receive(&mut self, answer: u16, each: &mut impl FnMut(&[u8])) -> Result<bool, DumpError> {
+        let (_, length) = recv(&self.socket, self.buffer.as_mut_slice(), RecvFlags::TRUNC)?;
+        let piece = self
+            .buffer
+            .get(..length)
+            .ok_or(DumpError::Malformed("longer than the buffer"))?;
+        read_piece(piece, self.sequence, answer, each)
     }
 }
 
-fn request_message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
+fn request_message(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(HEADER + body.len()).unwrap_or(u32::MAX);
     let mut message = Vec::with_capacity(HEADER + body.len());
     message.extend_from_slice(&length.to_ne_bytes());
     message.extend_from_slice(&kind.to_ne_bytes());
-    message.extend_from_slice(&REQUEST_DUMP.to_ne_bytes());
+    message.extend_from_slice(&flags.to_ne_bytes());
     message.extend_from_slice(&sequence.to_ne_bytes());
     message.extend_from_slice(&0_u32.to_ne_bytes());
     message.extend_from_slice(body);
@@ -170,8 +204,7 @@ pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
-/// A message or attribute for fixtures.
-#[cfg(test)]
+/// An attribute, padded.
 pub(super) fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(4 + payload.len()).unwrap_or(u16::MAX);
     let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
@@ -186,7 +219,7 @@ mod tests {
     use super::*;
 
     fn message(kind: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
-        let mut bytes = request_message(kind, sequence, body);
+        let mut bytes = request_message(kind, REQUEST_DUMP, sequence, body);
         bytes.resize(aligned(bytes.len()), 0);
         bytes
     }

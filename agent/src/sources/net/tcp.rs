@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use rustix::io::Errno;
+
 use super::netlink::{DumpError, Netlink, attributes, u32_at, u64_at};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -16,9 +18,28 @@ const MESSAGE: usize = 72;
 /// The kernel's "not yet measured".
 const NO_MIN_RTT: u32 = u32::MAX;
 
+/// What the kernel finds a connection by, as it told it: family, and `struct inet_diag_sockid`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SocketId {
+    family: u8,
+    id: [u8; 48],
+}
+
+#[cfg(test)]
+impl SocketId {
+    /// An id no kernel gave, of a connection that differs from another's by its number.
+    pub(super) fn made_up(number: u8) -> Self {
+        Self {
+            family: AF_INET,
+            id: [number; 48],
+        }
+    }
+}
+
 /// One established connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TcpSocket {
+    pub(super) id: SocketId,
     pub(super) inode: u32,
     pub(super) local: SocketAddr,
     pub(super) peer: SocketAddr,
@@ -56,12 +77,31 @@ pub(super) fn established(netlink: &mut Netlink) -> Result<Vec<TcpSocket>, DumpE
     Ok(sockets)
 }
 
+/// One connection again; `None` when it is established no more. A dump walks the whole table of the host's connections,
+/// this finds one by its hash.
+pub(super) fn again(netlink: &mut Netlink, id: &SocketId) -> Result<Option<TcpSocket>, DumpError> {
+    let mut found = None;
+    let asked = netlink.ask(SOCK_DIAG_BY_FAMILY, &question(id), SOCK_DIAG_BY_FAMILY, |body| {
+        found = parse(body);
+    });
+    match asked {
+        Ok(()) => Ok(found),
+        Err(DumpError::System(Errno::NOENT | Errno::STALE)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// `struct inet_diag_req_v2`: family, protocol, extensions, padding, states, and an empty socket id.
 fn request(family: u8) -> [u8; 56] {
-    let mut request = [0; 56];
-    request[..4].copy_from_slice(&[family, IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0]);
-    request[4..8].copy_from_slice(&ESTABLISHED.to_ne_bytes());
-    request
+    question(&SocketId { family, id: [0; 48] })
+}
+
+fn question(id: &SocketId) -> [u8; 56] {
+    let mut question = [0; 56];
+    question[..4].copy_from_slice(&[id.family, IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0]);
+    question[4..8].copy_from_slice(&ESTABLISHED.to_ne_bytes());
+    question[8..].copy_from_slice(&id.id);
+    question
 }
 
 /// `struct inet_diag_msg`: 4 bytes, socket id (ports and addresses in network order) of 48, then expires, rqueue,
@@ -87,6 +127,10 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
     let inode = u32_at(body, 68)?;
     let (_, info) = attributes(body.get(MESSAGE..)?).find(|(kind, _)| *kind == INET_DIAG_INFO)?;
     Some(TcpSocket {
+        id: SocketId {
+            family,
+            id: *body.get(4..)?.first_chunk()?,
+        },
         inode,
         local,
         peer,
@@ -219,5 +263,19 @@ mod tests {
         );
         assert!(own.info.acked_bytes >= 100_000, "{own:?}");
         assert!(own.info.rtt_us > 0, "{own:?}");
+
+        sender.write_all(&[7; 50_000]).unwrap();
+        receiver.read_exact(&mut [0; 50_000]).unwrap();
+        let later = again(&mut netlink, &own.id).unwrap().unwrap();
+        assert_eq!(
+            (later.id, later.inode, later.local, later.peer),
+            (own.id, own.inode, own.local, own.peer)
+        );
+        assert!(
+            later.info.acked_bytes >= own.info.acked_bytes + 50_000,
+            "{later:?}"
+        );
+        drop((sender, receiver));
+        assert_eq!(again(&mut netlink, &own.id).unwrap(), None, "a closed connection");
     }
 }
