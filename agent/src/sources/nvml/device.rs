@@ -1,9 +1,6 @@
-//! One GPU's thread: samples its counters until it is told to stop.
+//! One GPU: samples of its counters, and readings made of two of them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
-use std::time::Duration;
 
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use nvml_wrapper::enums::gpm::GpmMetricId;
@@ -13,18 +10,17 @@ use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::sys_exports::field_id;
 use nvml_wrapper::{Device, GpmSample, Nvml};
 use stallscope_attribution::reading::Reading;
-use stallscope_attribution::time::Window;
 
 use super::convert::{
-    Lack, advance, and_then, counter, empty_reading, failed_reading, lack, lacking, longest, mib_to_bytes,
-    percent_to_ppm, process_shares, reading, whole_percent_to_ppm,
+    Lack, advance, and_then, counter, empty_reading, lack, lacking, longest, mib_to_bytes, percent_to_ppm,
+    process_shares, reading, whole_percent_to_ppm,
 };
 use super::watch::GpuShared;
-use crate::observation::{Fact, GpuReading, Observation};
+use crate::observation::GpuReading;
 use crate::sources::clock::monotonic_ns;
 use crate::sources::procs::GpuIdentity;
 
-/// How often what changes slowly is read, and a device that cannot be opened is tried again.
+/// How often what changes slowly is read.
 const SLOW_NS: u64 = 1_000_000_000;
 /// How often the list of compute processes is read.
 const PROCESSES_NS: u64 = 5_000_000_000;
@@ -50,77 +46,11 @@ const THROTTLE: [u32; 5] = [
     field_id::NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN,
 ];
 
-/// What a GPU's thread owns.
-pub(super) struct Worker {
-    pub(super) nvml: Arc<Nvml>,
-    pub(super) shared: Arc<GpuShared>,
-    pub(super) sample: Duration,
-    pub(super) readings: SyncSender<Observation>,
-    pub(super) dropped: Arc<AtomicU64>,
-    /// Disconnects when the source is dropped.
-    pub(super) stopped: Receiver<()>,
-}
-
-impl Worker {
-    pub(super) fn run(self) {
-        let nvml = Arc::clone(&self.nvml);
-        let index = self.shared.identity().index;
-        let mut failed_ns = monotonic_ns();
-        let device = loop {
-            match self
-                .shared
-                .call("nvmlDeviceGetHandleByIndex_v2", || nvml.device_by_index(index))
-            {
-                Ok(device) => break device,
-                Err(error) => {
-                    let now_ns = monotonic_ns();
-                    let why = format!("the device cannot be opened: {error}");
-                    self.send(failed_ns, now_ns, failed_reading(&self.shared, &why));
-                    failed_ns = now_ns;
-                    self.shared.set_answered();
-                    if self.stops_within(Duration::from_nanos(SLOW_NS)) {
-                        return;
-                    }
-                }
-            }
-        };
-        let mut sampler = Sampler::new(&nvml, device, &self.shared);
-        let mut before = sampler.sample();
-        self.shared.set_answered();
-        while !self.stops_within(self.sample) {
-            let now = sampler.sample();
-            let reading = sampler.reading(&before, &now);
-            self.send(before.at_ns, now.at_ns, reading);
-            before = now;
-        }
-    }
-
-    fn stops_within(&self, duration: Duration) -> bool {
-        self.stopped.recv_timeout(duration) != Err(RecvTimeoutError::Timeout)
-    }
-
-    pub(super) fn send(&self, start_ns: u64, end_ns: u64, reading: GpuReading) {
-        let Some(window) = Window::new(start_ns, end_ns) else {
-            return;
-        };
-        if self
-            .readings
-            .try_send(Observation {
-                window,
-                fact: Fact::Gpu(Box::new(reading)),
-            })
-            .is_err()
-        {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
 /// Reads one device.
-struct Sampler<'nvml> {
+pub(super) struct Sampler<'nvml> {
     nvml: &'nvml Nvml,
     device: Device<'nvml>,
-    shared: &'nvml GpuShared,
+    shared: Arc<GpuShared>,
     gpm: Result<(), Lack>,
     max_mhz: Reading<u32>,
     next_slow_ns: u64,
@@ -129,15 +59,15 @@ struct Sampler<'nvml> {
 }
 
 /// Counters at one instant.
-struct Sample<'nvml> {
-    at_ns: u64,
+pub(super) struct Sample<'nvml> {
+    pub(super) at_ns: u64,
     gpm: Result<GpmSample<'nvml>, Lack>,
     energy_mj: Reading<u64>,
     throttle_ns: [Reading<u64>; 5],
 }
 
 impl<'nvml> Sampler<'nvml> {
-    fn new(nvml: &'nvml Nvml, device: Device<'nvml>, shared: &'nvml GpuShared) -> Self {
+    pub(super) fn new(nvml: &'nvml Nvml, device: Device<'nvml>, shared: &Arc<GpuShared>) -> Self {
         let gpm = match shared.call("nvmlGpmQueryDeviceSupport", || device.gpm_support()) {
             Ok(true) => Ok(()),
             Ok(false) => Err(Lack::Unsupported),
@@ -164,7 +94,7 @@ impl<'nvml> Sampler<'nvml> {
         Self {
             nvml,
             device,
-            shared,
+            shared: Arc::clone(shared),
             gpm,
             max_mhz,
             next_slow_ns: 0,
@@ -173,7 +103,7 @@ impl<'nvml> Sampler<'nvml> {
         }
     }
 
-    fn sample(&self) -> Sample<'nvml> {
+    pub(super) fn sample(&self) -> Sample<'nvml> {
         let at_ns = monotonic_ns();
         let gpm = self.gpm.clone().and_then(|()| {
             self.shared
@@ -213,7 +143,7 @@ impl<'nvml> Sampler<'nvml> {
         })
     }
 
-    fn reading(&mut self, before: &Sample<'nvml>, now: &Sample<'nvml>) -> GpuReading {
+    pub(super) fn reading(&mut self, before: &Sample<'nvml>, now: &Sample<'nvml>) -> GpuReading {
         let window_ns = now.at_ns.saturating_sub(before.at_ns);
         let [software, hardware, policy, cap, brake] =
             std::array::from_fn(|which| advance(&before.throttle_ns[which], &now.throttle_ns[which]));
@@ -227,7 +157,7 @@ impl<'nvml> Sampler<'nvml> {
             thermal_ns: longest(&[software, hardware, policy], window_ns),
             power_limit_ns: longest(&[cap, brake], window_ns),
             energy_mj: advance(&before.energy_mj, &now.energy_mj),
-            ..empty_reading(self.shared)
+            ..empty_reading(&self.shared)
         };
         self.activity(before, now, &mut out);
         if now.at_ns >= self.next_slow_ns {
@@ -236,7 +166,7 @@ impl<'nvml> Sampler<'nvml> {
         }
         if now.at_ns >= self.next_processes_ns {
             self.next_processes_ns = now.at_ns + PROCESSES_NS;
-            out.processes = compute_processes(self.shared, &self.device);
+            out.processes = compute_processes(&self.shared, &self.device);
             self.shared.set_processes(&out.processes);
         }
         out

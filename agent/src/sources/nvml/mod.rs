@@ -1,8 +1,8 @@
-//! NVIDIA's management library: one thread per GPU, each call under a deadline.
+//! NVIDIA's management library: one thread for all GPUs, another when a call does not return.
 //!
 //! # Facade
-//! - [`NvmlSource::open`]`(&config.nvml) -> Result<NvmlSource, NvmlError>`: loads the library and starts one thread per
-//!   GPU; takes at most [`OPEN_DEADLINE`] even when a GPU is sick. On an error the agent goes on without.
+//! - [`NvmlSource::open`]`(&config.nvml) -> Result<NvmlSource, NvmlError>`: loads the library and starts
+//!   sampling; takes at most [`OPEN_DEADLINE`] even when a GPU is sick. On an error the agent goes on without.
 //! - [`NvmlSource::poll`]`(now_ns) -> Vec<Observation>`: everything that arrived, call about every 100 ms. A GPU whose
 //!   call does not return has readings `Failed(..)` once a second until it does.
 //! - [`NvmlSource::view`]`() -> GpuView`: devices and compute processes for `procs::Discovery::set_gpus`.
@@ -12,11 +12,12 @@
 //! 5 s), temperature and memory (once a second) are in the reading in which they were read and `NotMeasured` in the
 //! others: keep the last.
 //!
-//! A hung call blocks its own GPU's thread and nothing else. No second thread is ever started for that GPU, so a sick
-//! driver cannot make them pile up.
+//! A hung call delays the other GPUs by [`PATIENCE`]; then they get another thread, and the one that hangs ends when its
+//! call returns. No second thread ever calls for a GPU that hangs, so a sick driver cannot make them pile up.
 
 mod convert;
 mod device;
+mod rounds;
 #[cfg(test)]
 mod tests;
 pub mod trial;
@@ -24,14 +25,14 @@ mod watch;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nvml_wrapper::Nvml;
 use stallscope_attribution::time::Window;
 
-use self::device::Worker;
+use self::rounds::Rounds;
 use self::watch::GpuShared;
 use super::clock::monotonic_ns;
 use super::procs::GpuView;
@@ -42,6 +43,8 @@ use crate::observation::{Fact, Observation};
 pub const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 /// How long one call may take before its GPU counts as stuck.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(2);
+/// How long one call may take before the other GPUs are read by another thread.
+pub const PATIENCE: Duration = Duration::from_millis(250);
 /// Readings kept for a reader that is late: 12 s of 8 GPUs at 10 a second, some 500 bytes each.
 const QUEUE: usize = 1024;
 /// How often a stuck GPU says so.
@@ -97,17 +100,19 @@ pub enum NvmlError {
 pub struct NvmlSource {
     driver_version: String,
     gpus: Vec<Gpu>,
+    rounds: Arc<Rounds>,
+    thread: JoinHandle<()>,
     readings: Receiver<Observation>,
-    dropped: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
 struct Gpu {
     index: u32,
     shared: Arc<GpuShared>,
-    thread: std::thread::JoinHandle<()>,
-    /// Dropping it ends the thread at its next sample.
-    _stop: SyncSender<()>,
+    /// Begin of the call for which another thread took over the rounds.
+    left_alone_ns: Option<u64>,
+    /// The thread that read it panicked.
+    ended: bool,
     stuck_since_ns: Option<u64>,
     reported_ns: u64,
 }
@@ -153,38 +158,17 @@ impl NvmlSource {
             devices,
             driver_version,
         } = open_library(&settings.library)?;
-        let nvml = Arc::new(nvml);
         let (send, readings) = mpsc::sync_channel(QUEUE);
-        let dropped = Arc::new(AtomicU64::new(0));
-        let mut gpus = Vec::new();
-        for index in 0..devices {
-            let (stop, stopped) = mpsc::sync_channel(1);
-            let shared = Arc::new(GpuShared::new(index));
-            let worker = Worker {
-                nvml: Arc::clone(&nvml),
-                shared: Arc::clone(&shared),
-                sample: Duration::from_millis(settings.sample_ms),
-                readings: send.clone(),
-                dropped: Arc::clone(&dropped),
-                stopped,
-            };
-            let thread = std::thread::Builder::new()
-                .name(format!("nvml-gpu{index}"))
-                .spawn(move || worker.run())?;
-            gpus.push(Gpu {
-                index,
-                shared,
-                thread,
-                _stop: stop,
-                stuck_since_ns: None,
-                reported_ns: 0,
-            });
-        }
-        let source = Self {
+        let gpus: Vec<Gpu> = (0..devices).map(Gpu::new).collect();
+        let shared: Vec<_> = gpus.iter().map(|gpu| Arc::clone(&gpu.shared)).collect();
+        let sample = Duration::from_millis(settings.sample_ms);
+        let rounds = Arc::new(Rounds::new(nvml, &shared, sample, send));
+        let mut source = Self {
             driver_version,
             gpus,
+            thread: rounds.start()?,
+            rounds,
             readings,
-            dropped,
         };
         source.await_devices();
         Ok(source)
@@ -198,6 +182,7 @@ impl NvmlSource {
 
     /// Everything that arrived since the last call, and the failures of GPUs that are stuck.
     pub fn poll(&mut self, now_ns: u64) -> Vec<Observation> {
+        self.keep_going(now_ns);
         let mut observations: Vec<Observation> = self.readings.try_iter().take(QUEUE).collect();
         observations.extend(self.gpus.iter_mut().filter_map(|gpu| gpu.check(now_ns)));
         observations
@@ -223,7 +208,7 @@ impl NvmlSource {
     /// Readings lost because the queue was full, since the start.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
+        self.rounds.dropped()
     }
 
     /// Whether any device is listed.
@@ -248,8 +233,32 @@ impl NvmlSource {
         self.gpus.iter().map(summary).collect()
     }
 
+    /// Starts another thread when the present one hangs or ended.
+    fn keep_going(&mut self, now_ns: u64) {
+        let mut wanted = false;
+        if self.thread.is_finished() {
+            wanted = true;
+            for (index, gpu) in self.gpus.iter_mut().enumerate() {
+                gpu.ended |= self.rounds.is_taken(index) && gpu.shared.in_call().is_none();
+            }
+        }
+        for gpu in &mut self.gpus {
+            wanted |= gpu.hangs_anew(now_ns);
+        }
+        if !wanted {
+            return;
+        }
+        match self.rounds.start() {
+            Ok(thread) => self.thread = thread,
+            Err(error) => {
+                tracing::error!(%error, "no thread reads the GPUs any more");
+                self.gpus.iter_mut().for_each(|gpu| gpu.left_alone_ns = None);
+            }
+        }
+    }
+
     /// Waits until every device answered once or is stuck.
-    fn await_devices(&self) {
+    fn await_devices(&mut self) {
         let until = monotonic_ns().saturating_add(ns(OPEN_DEADLINE));
         let waiting = |gpu: &Gpu, now| !gpu.shared.answered() && gpu.trouble(now).is_none();
         loop {
@@ -257,15 +266,43 @@ impl NvmlSource {
             if now >= until || !self.gpus.iter().any(|gpu| waiting(gpu, now)) {
                 return;
             }
+            self.keep_going(now);
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
+impl Drop for NvmlSource {
+    fn drop(&mut self) {
+        self.rounds.stop();
+    }
+}
+
 impl Gpu {
+    fn new(index: u32) -> Self {
+        Self {
+            index,
+            shared: Arc::new(GpuShared::new(index)),
+            left_alone_ns: None,
+            ended: false,
+            stuck_since_ns: None,
+            reported_ns: 0,
+        }
+    }
+
+    /// Whether a call hangs for which no other thread was started yet.
+    fn hangs_anew(&mut self, now_ns: u64) -> bool {
+        let hung_since_ns = self.shared.in_call().and_then(|(_, since_ns)| {
+            let hangs = now_ns.saturating_sub(since_ns) > ns(PATIENCE);
+            hangs.then_some(since_ns)
+        });
+        let before = std::mem::replace(&mut self.left_alone_ns, hung_since_ns);
+        hung_since_ns.is_some() && hung_since_ns != before
+    }
+
     fn trouble(&self, now_ns: u64) -> Option<String> {
-        if self.thread.is_finished() {
-            return Some("its sampling thread ended; restart the agent".to_owned());
+        if self.ended {
+            return Some("its sampling ended abnormally; restart the agent".to_owned());
         }
         let (call, since_ns) = self.shared.in_call()?;
         let waited_ns = now_ns.saturating_sub(since_ns);

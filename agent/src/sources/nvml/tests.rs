@@ -171,25 +171,16 @@ fn a_missing_or_truncated_library_is_an_error_that_names_it() {
 #[test]
 fn readings_nobody_takes_are_counted() {
     let dir = tempfile::tempdir().unwrap();
-    let source = NvmlSource::open(&stub(dir.path())).unwrap();
-    // Fill the queue by hand: at 10 a second it would take a minute.
-    let gpu = &source.gpus[0];
+    let settings = stub(dir.path());
+    let nvml = Nvml::builder()
+        .lib_path(settings.library.as_ref())
+        .init()
+        .unwrap();
+    let gpu = Arc::new(GpuShared::new(0));
     let (send, _keep) = mpsc::sync_channel(1);
-    let worker = Worker {
-        nvml: Arc::new(
-            Nvml::builder()
-                .lib_path(dir.path().join("libnvidia-ml.so.1").as_ref())
-                .init()
-                .unwrap(),
-        ),
-        shared: Arc::clone(&gpu.shared),
-        sample: Duration::from_millis(1),
-        readings: send,
-        dropped: Arc::clone(&source.dropped),
-        stopped: mpsc::sync_channel(1).1,
-    };
+    let rounds = Rounds::new(nvml, &[Arc::clone(&gpu)], Duration::from_secs(1), send);
     for at in 0..4 {
-        worker.send(at, at + 1, convert::empty_reading(&gpu.shared));
+        rounds.send(at, at + 1, convert::empty_reading(&gpu));
     }
-    assert_eq!(source.dropped(), 3);
+    assert_eq!(rounds.dropped(), 3);
 }
