@@ -235,6 +235,27 @@ impl Script {
     }
 }
 
+/// A job with a step per wait, a GPU reading in each, and a loader that sleeps.
+pub(crate) fn job(waits_ms: &[u64], buckets: u32, busy_ms: u64) -> Script {
+    let mut script = Script::new(1_000 * MS);
+    script.communicator(5);
+    for wait_ms in waits_ms {
+        script.step(wait_ms * MS, buckets, busy_ms * MS);
+        let end_ns = script.now_ns;
+        script.log.push(Observation {
+            window: window(end_ns - 100 * MS, end_ns),
+            fact: Fact::Gpu(Box::new(reading(1))),
+        });
+        script.off_cpu(
+            LOADER,
+            OffCpuReason::Sleep,
+            MS,
+            window(end_ns - 30 * MS, end_ns - 3 * MS),
+        );
+    }
+    script
+}
+
 pub(crate) fn reading(gpu: u32) -> GpuReading {
     GpuReading {
         gpu,
