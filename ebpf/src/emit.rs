@@ -31,21 +31,21 @@ const FORCE_WAKEUP: u64 = 2;
 
 /// Writes `record` into `ring`, or counts it as lost.
 ///
-/// The reader is woken by bytes, not by record, except in the `procs` ring, where being late costs coverage.
+/// The reader is woken by bytes, not by record; else it comes by itself.
 #[inline(always)]
 pub(crate) fn emit<T>(ring: Ring, record: &T) {
-    let (buffer, wakes_at_once) = match ring {
-        Ring::Nccl => (&RING_NCCL, false),
-        Ring::Cuda => (&RING_CUDA, false),
-        Ring::Sched => (&RING_SCHED, false),
-        Ring::Block => (&RING_BLOCK, false),
-        Ring::Procs => (&RING_PROCS, true),
+    let buffer = match ring {
+        Ring::Nccl => &RING_NCCL,
+        Ring::Cuda => &RING_CUDA,
+        Ring::Sched => &RING_SCHED,
+        Ring::Block => &RING_BLOCK,
+        Ring::Procs => &RING_PROCS,
     };
     let unread = buffer.query(AVAILABLE_BYTES);
     let then_unread = unread + RECORD_HEADER_BYTES + size_of::<T>() as u64;
     // Once, on the record that crosses the mark: a wake-up costs more than a record.
     let crosses = unread < WAKE_BYTES.get() && then_unread >= WAKE_BYTES.get();
-    let flags = if wakes_at_once || crosses {
+    let flags = if crosses {
         FORCE_WAKEUP
     } else {
         NO_WAKEUP

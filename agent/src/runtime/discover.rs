@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::Duration;
 
 use stallscope_attribution::time::Window;
@@ -17,6 +17,8 @@ use crate::sources::procs::{Action, Discovery, Library, ProcessEvent};
 const LINGER_NS: u64 = 2_000_000_000;
 const LONGEST_WAIT: Duration = Duration::from_millis(250);
 const SHORTEST_WAIT: Duration = Duration::from_millis(5);
+/// What is due within this is waited for without looking at events: they would wake the thread one by one.
+const GATHERING: Duration = Duration::from_millis(100);
 
 /// Finds processes.
 pub(super) struct Discover {
@@ -70,20 +72,28 @@ impl Discover {
         }
     }
 
-    /// Waits for events until something is due, then takes all there are. Whether nobody will send any more.
+    /// Waits for an event or until something is due, then takes all there are. Whether nobody will send any more.
     fn take_events(&mut self) -> bool {
         let due_ns = self.discovery.due_ns().saturating_sub(super::now_ns());
-        let wait = Duration::from_nanos(due_ns).clamp(SHORTEST_WAIT, LONGEST_WAIT);
-        match self.events.recv_timeout(wait) {
-            Ok(event) => self.discovery.on_event(event, super::now_ns()),
-            Err(RecvTimeoutError::Timeout) => return false,
-            Err(RecvTimeoutError::Disconnected) => return true,
+        let due = Duration::from_nanos(due_ns).max(SHORTEST_WAIT);
+        if due <= GATHERING {
+            // Events come in bursts, and none of them is due before the one that came first.
+            std::thread::sleep(due);
+        } else {
+            match self.events.recv_timeout(due.min(LONGEST_WAIT)) {
+                Ok(event) => self.discovery.on_event(event, super::now_ns()),
+                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Disconnected) => return true,
+            }
         }
         let now_ns = super::now_ns();
-        while let Ok(event) = self.events.try_recv() {
-            self.discovery.on_event(event, now_ns);
+        loop {
+            match self.events.try_recv() {
+                Ok(event) => self.discovery.on_event(event, now_ns),
+                Err(TryRecvError::Empty) => return false,
+                Err(TryRecvError::Disconnected) => return true,
+            }
         }
-        false
     }
 
     fn apply(&mut self, action: Action) {

@@ -18,8 +18,9 @@ use crate::sources::net::NetSource;
 use crate::sources::probes::{Decoded, Decoder, Reader};
 use crate::sources::procs::{CpuTimeReader, ProcessEvent, QuotaReader};
 
-/// Longest time between two looks at the rings.
-const DRAIN: Duration = Duration::from_millis(50);
+/// Longest time between two looks at the rings: a wake-up costs more than what it brings on a quiet node, and a busy ring
+/// wakes the reader before.
+const DRAIN: Duration = Duration::from_millis(100);
 /// Between two samples of the network, ns.
 const NET_NS: u64 = 200_000_000;
 /// How observations lost on the way to history are named.
@@ -94,7 +95,7 @@ impl Gather {
 
     fn drain_rings(&mut self, batch: &mut Vec<Observation>) {
         let Some(reader) = &mut self.sources.reader else {
-            std::thread::sleep(2 * DRAIN);
+            std::thread::sleep(DRAIN);
             return;
         };
         let wait = if self.shared.is_stopping() {

@@ -23,7 +23,8 @@ pub struct Pace {
     pub window_bytes: u64,
     /// Bytes per second sent in the long run; default 4 MiB.
     pub bytes_per_s: u64,
-    /// Least time between two batches that are not full, so that small messages travel together; default 100 ms.
+    /// Least time between two batches that are not full, so that small messages travel together and
+    /// wake both ends seldom; default 500 ms.
     pub gather_ns: u64,
     /// Silence after which a heartbeat is sent; default 2 s.
     pub heartbeat_ns: u64,
@@ -42,7 +43,7 @@ impl Default for Pace {
             batch_messages: 1024,
             window_bytes: 512 << 10,
             bytes_per_s: 4 << 20,
-            gather_ns: 100_000_000,
+            gather_ns: 500_000_000,
             heartbeat_ns: 2_000_000_000,
             answer_ns: 15_000_000_000,
             backoff_min_ns: 250_000_000,

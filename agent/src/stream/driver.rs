@@ -37,6 +37,7 @@ struct Driver<'a> {
     sending: bool,
     status: &'a watch::Sender<StreamStatus>,
     answer: Duration,
+    gather: Duration,
     started: Instant,
     /// The trouble that was logged last, so that the same one is not logged at every try.
     logged: Option<String>,
@@ -60,6 +61,7 @@ pub async fn run(
         sending: false,
         status,
         answer: Duration::from_nanos(pace.answer_ns),
+        gather: Duration::from_nanos(pace.gather_ns),
         started: Instant::now(),
         logged: None,
     };
@@ -125,12 +127,14 @@ impl Driver<'_> {
     async fn wait(&mut self, until_ns: u64) {
         let until = self.started + Duration::from_nanos(until_ns.min(u64::MAX >> 8));
         let mut appended = self.spool.watch_last();
+        // What is waited for that shortly is the next batch, which will take along what is appended until then.
+        let is_gathering = until.saturating_duration_since(Instant::now()) <= self.gather;
         let Some(link) = &mut self.link else {
             return sleep_until(until).await;
         };
         let received = tokio::select! {
             () = sleep_until(until) => None,
-            _ = appended.changed() => None,
+            _ = appended.changed(), if !is_gathering => None,
             received = link.receive() => Some(received),
         };
         match received {

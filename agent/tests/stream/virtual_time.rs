@@ -102,6 +102,7 @@ fn pace() -> Pace {
     Pace {
         batch_bytes: 1024,
         window_bytes: 4096,
+        gather_ns: 100_000_000,
         ..Pace::default()
     }
 }

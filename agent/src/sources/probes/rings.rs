@@ -141,7 +141,7 @@ impl Reader {
         })
     }
 
-    /// Waits until a process event or many records are there, at most `timeout`, then gives everything there is.
+    /// Waits until many records are there, at most `timeout`, then gives everything there is.
     ///
     /// # Errors
     /// Waiting failed; what is there can still be read by a call with no timeout.
