@@ -93,7 +93,7 @@ fn enter(ctx: &TracePointContext, op: FileOp) -> u32 {
 #[tracepoint]
 fn file_done(ctx: TracePointContext) -> u32 {
     let task = Task::current();
-    let Some(thread) = known_thread(task) else {
+    let Some(thread) = known_thread(task.tid()) else {
         return 0;
     };
     // SAFETY: the entry belongs to this thread, which is here.

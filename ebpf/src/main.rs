@@ -10,6 +10,7 @@ mod call;
 mod cuda;
 mod emit;
 mod filter;
+mod hints;
 mod nccl;
 mod procs;
 mod sched;

@@ -11,6 +11,7 @@ use stallscope_records::{Head, Kind, Ring, abi::OffCpuReason, record::OffCpu};
 use crate::{
     emit::emit,
     filter::{Task, is_traced},
+    hints::Hints,
     settings::{OFF_CPU_MIN_NS, SWITCH_NEXT_PID, SWITCH_PREV_STATE, WAKEUP_PID},
 };
 
@@ -54,10 +55,12 @@ impl Thread {
 /// Threads of traced processes, by thread id.
 #[map]
 static THREADS: HashMap<u32, Thread> = HashMap::with_max_entries(16384, 0);
+static HINTS: Hints = Hints::new();
 
 /// The entry of a thread of a traced process, made when there is none.
 #[inline(always)]
 pub(crate) fn thread(task: Task) -> Option<*mut Thread> {
+    HINTS.set(task.tid());
     if let Some(thread) = THREADS.get_ptr_mut(task.tid()) {
         return Some(thread);
     }
@@ -67,13 +70,20 @@ pub(crate) fn thread(task: Task) -> Option<*mut Thread> {
 
 /// The entry of a thread, if there is one.
 #[inline(always)]
-pub(crate) fn known_thread(task: Task) -> Option<*mut Thread> {
-    THREADS.get_ptr_mut(task.tid())
+pub(crate) fn known_thread(tid: u32) -> Option<*mut Thread> {
+    if HINTS.is_set(tid) {
+        THREADS.get_ptr_mut(tid)
+    } else {
+        None
+    }
 }
 
 #[inline(always)]
 pub(crate) fn thread_gone(task: Task) {
-    let _ = THREADS.remove(task.tid());
+    if HINTS.is_set(task.tid()) {
+        let _ = THREADS.remove(task.tid());
+        HINTS.clear(task.tid());
+    }
 }
 
 /// Task states that the tracepoint reports.
@@ -85,16 +95,14 @@ const SLEEPS: i64 = 0xff;
 
 #[tracepoint]
 fn sched_switch(ctx: TracePointContext) -> u32 {
-    // SAFETY: the helper has no preconditions.
-    let now = unsafe { bpf_ktime_get_ns() };
-    leave(&ctx, now);
-    arrive(&ctx, now);
+    leave(&ctx);
+    arrive(&ctx);
     0
 }
 
 /// The tracepoint runs while the leaving thread is still the current one.
 #[inline(always)]
-fn leave(ctx: &TracePointContext, now: u64) {
+fn leave(ctx: &TracePointContext) {
     let task = Task::current();
     if task.tid() == 0 || !is_traced(task.tgid()) {
         return;
@@ -120,6 +128,8 @@ fn leave(ctx: &TracePointContext, now: u64) {
     };
     // SAFETY: only switches and file calls of this thread write its entry, and they do not run at once.
     let thread = unsafe { &mut *thread };
+    // SAFETY: the helper has no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
     thread.out_ns = now;
     thread.reason = reason as u32;
     thread.runnable_since_ns = if matches!(reason, OffCpuReason::Preempted) {
@@ -130,7 +140,7 @@ fn leave(ctx: &TracePointContext, now: u64) {
 }
 
 #[inline(always)]
-fn arrive(ctx: &TracePointContext, now: u64) {
+fn arrive(ctx: &TracePointContext) {
     // SAFETY: the helper checks the address; the offset comes from this kernel's format file.
     let Ok(tid) = (unsafe { ctx.read_at::<u32>(SWITCH_NEXT_PID.get() as usize) }) else {
         return;
@@ -138,7 +148,7 @@ fn arrive(ctx: &TracePointContext, now: u64) {
     if tid == 0 {
         return;
     }
-    let Some(thread) = THREADS.get_ptr_mut(tid) else {
+    let Some(thread) = known_thread(tid) else {
         return;
     };
     // SAFETY: as above; the arriving thread cannot run anything else yet.
@@ -148,6 +158,8 @@ fn arrive(ctx: &TracePointContext, now: u64) {
         return;
     }
     thread.out_ns = 0;
+    // SAFETY: the helper has no preconditions.
+    let now = unsafe { bpf_ktime_get_ns() };
     let runnable_since_ns = if thread.runnable_since_ns < out_ns {
         now
     } else {
@@ -189,7 +201,7 @@ fn sched_wakeup(ctx: TracePointContext) -> u32 {
     let Ok(tid) = (unsafe { ctx.read_at::<u32>(WAKEUP_PID.get() as usize) }) else {
         return 0;
     };
-    if let Some(thread) = THREADS.get_ptr_mut(tid) {
+    if let Some(thread) = known_thread(tid) {
         // SAFETY: a thread is woken once per sleep; a race with its arrival leaves a time that arrival ignores.
         let thread = unsafe { &mut *thread };
         if thread.out_ns != 0 && thread.runnable_since_ns == 0 {

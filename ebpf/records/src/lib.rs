@@ -47,6 +47,15 @@ impl Ring {
     }
 }
 
+/// Slots of the map of hints, a power of two.
+pub const PROCESS_HINTS: u32 = 4096;
+
+/// The slot of a process in the map of hints: not 0 while a traced process may fall into it.
+#[must_use]
+pub const fn process_hint(tgid: u32) -> u32 {
+    tgid % PROCESS_HINTS
+}
+
 /// Value of the map of traced processes (keyed by thread group id).
 pub mod role {
     /// The process uses a GPU.

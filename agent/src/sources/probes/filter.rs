@@ -1,7 +1,7 @@
 //! Which processes the kernel traces.
 
-use aya::maps::{HashMap, MapData, MapError};
-use stallscope_records::role;
+use aya::maps::{Array, HashMap, MapData, MapError};
+use stallscope_records::{process_hint, role};
 
 use crate::observation::ProcessRole;
 
@@ -18,14 +18,15 @@ pub enum FilterError {
     },
 }
 
-/// The map of traced processes.
+/// The map of traced processes, and the hints by which the kernel tells at once that a process is not in it.
 pub(super) struct Filter {
     map: HashMap<MapData, u32, u32>,
+    hints: Array<MapData, u32>,
 }
 
 impl Filter {
-    pub(super) fn new(map: HashMap<MapData, u32, u32>) -> Self {
-        Self { map }
+    pub(super) fn new(map: HashMap<MapData, u32, u32>, hints: Array<MapData, u32>) -> Self {
+        Self { map, hints }
     }
 
     pub(super) fn add(&mut self, tgid: u32, role: ProcessRole) -> Result<(), FilterError> {
@@ -35,12 +36,24 @@ impl Filter {
         };
         self.map
             .insert(tgid, value, 0)
+            .and_then(|()| self.hints.set(process_hint(tgid), 1, 0))
             .map_err(|source| FilterError::Add { tgid, source })
     }
 
     /// A process that is gone was taken out by the kernel already.
     pub(super) fn remove(&mut self, tgid: u32) {
         let _ = self.map.remove(&tgid);
+        let hint = process_hint(tgid);
+        let shared = self
+            .map
+            .keys()
+            .filter_map(Result::ok)
+            .any(|other| process_hint(other) == hint);
+        if !shared {
+            // A child that the kernel adds in this instant is added again when discovery hears of it. A hint that stays
+            // costs a lookup.
+            let _ = self.hints.set(hint, 0, 0);
+        }
     }
 
     /// Whether any process is traced, those that the kernel added included.

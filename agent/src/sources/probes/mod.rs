@@ -9,7 +9,7 @@
 //!   traced processes are added by the kernel; [`ProcessEvent::Fork`] tells of them. The scheduler and file programs are
 //!   attached while at least one process is traced.
 //! - [`Reader::drain`]`(timeout, &mut dyn FnMut(RawEvent))`: waits, then gives everything there is. Call it at least every
-//!   50 ms; kernel-side counters, idle launch runs and losses come through it too, so nothing else has to be polled.
+//!   100 ms; kernel-side counters, idle launch runs and losses come through it too, so nothing else has to be polled.
 //! - [`Decoder::decode`]`(RawEvent, lookup, out)`: raw events to [`Decoded`]: an [`Observation`] or a [`ProcessEvent`].
 //! - [`Probes::verifier_stats`], [`Probes::run_stats`], [`Reader::lost`], [`Decoder::refused`]: the probes' own cost and losses.
 //!
@@ -22,10 +22,12 @@ mod decode;
 mod detach;
 mod filter;
 mod format;
+mod health;
 #[cfg(feature = "bpf-log")]
 mod kernel_log;
 mod object;
 mod points;
+mod programs;
 mod rings;
 mod stats;
 mod symbols;
@@ -33,7 +35,8 @@ mod symbols;
 pub use attach::{AttachError, Attached, SymbolFailure};
 pub use decode::{Decoded, Decoder, Refused};
 pub use filter::FilterError;
-pub use object::{Health, LoadError, Loaded, Outcome, Probes, ProbesConfig, ProgramHealth, object_places};
+pub use health::{Health, Outcome, ProgramHealth};
+pub use object::{LoadError, Loaded, Probes, ProbesConfig, object_places};
 pub use rings::{DrainError, Drained, RawEvent, Reader};
 pub use stats::{RunStats, VerifierStats};
 pub use symbols::{FirstInstruction, SymbolError, Symbols};

@@ -16,7 +16,8 @@ use super::attach::{AttachError, Attached, Attachments};
 use super::detach;
 use super::filter::{Filter, FilterError};
 use super::format;
-use super::points::{Hook, PROGRAMS, ProgramSpec, When};
+use super::health::{Health, Outcome};
+use super::programs::{Hook, PROGRAMS, ProgramSpec, When};
 use super::rings::Reader;
 use super::stats::{Counters, RunStats, VerifierStats};
 use crate::observation::ProcessRole;
@@ -102,59 +103,6 @@ pub enum LoadError {
     },
 }
 
-/// What one program gives here.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// It is loaded, and attached where that does not depend on a library.
-    Ok,
-    /// This kernel lacks what it needs.
-    Unsupported(String),
-    /// It should work here and does not.
-    Broken(String),
-}
-
-/// One program's intent and outcome.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ProgramHealth {
-    /// The program.
-    pub program: &'static str,
-    /// Its world: `nccl`, `cuda`, `sched`, `block`, `procs`.
-    pub world: &'static str,
-    /// What it is for, and so what is lost without it.
-    pub intent: &'static str,
-    /// What became of it.
-    pub outcome: Outcome,
-}
-
-/// What every program gives here.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Health {
-    /// One entry per program of the object.
-    pub programs: Vec<ProgramHealth>,
-}
-
-impl Health {
-    /// The programs that give nothing.
-    pub fn missing(&self) -> impl Iterator<Item = &ProgramHealth> {
-        self.programs
-            .iter()
-            .filter(|program| program.outcome != Outcome::Ok)
-    }
-
-    fn set(&mut self, name: &str, outcome: Outcome) {
-        if let Some(program) = self.programs.iter_mut().find(|program| program.program == name) {
-            program.outcome = outcome;
-        }
-    }
-
-    fn of(&self, name: &str) -> Option<&Outcome> {
-        self.programs
-            .iter()
-            .find(|program| program.program == name)
-            .map(|program| &program.outcome)
-    }
-}
-
 /// Loaded probes.
 pub struct Loaded {
     /// Attaches, detaches and filters.
@@ -208,23 +156,13 @@ impl Probes {
             path: path.clone(),
             source,
         })?;
-        let mut health = Health {
-            programs: PROGRAMS
-                .iter()
-                .map(|spec| ProgramHealth {
-                    program: spec.name,
-                    world: spec.ring.name(),
-                    intent: spec.intent,
-                    outcome: Outcome::Ok,
-                })
-                .collect(),
-        };
+        let mut health = Health::of_all();
         let offsets = read_offsets(&mut health);
         let mut ebpf = load_object(&path, &bytes, config, &offsets)?;
         load_programs(&mut ebpf, &mut health)?;
         let always = attach_tracepoints(&mut ebpf, When::Always, &mut health);
         let reader = Reader::new(&mut ebpf, config.launch_gap_ns)?;
-        let filter = Filter::new(take_map(&mut ebpf, "PROCESSES")?);
+        let filter = Filter::new(take_map(&mut ebpf, "PROCESSES")?, take_map(&mut ebpf, "HINTS")?);
         let probes = Self {
             attachments: Attachments::default(),
             tracing: Vec::new(),
