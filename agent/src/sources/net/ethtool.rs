@@ -22,6 +22,9 @@ const HEADER_FLAGS: u16 = 3;
 /// `ETHTOOL_FLAG_COMPACT_BITSETS`: the link modes as bits and not as a list of names.
 const COMPACT_BITSETS: u32 = 1;
 
+/// `NLA_F_NESTED`: this family refuses nests without it.
+const NESTED: u16 = 0x8000;
+
 /// `struct genlmsghdr`: command, version, reserved.
 const GENERIC_HEADER: usize = 4;
 
@@ -52,7 +55,7 @@ impl Ethtool {
     pub(super) fn line_rates(&mut self) -> Result<BTreeMap<i32, Reading<u64>>, DumpError> {
         let mut rates = BTreeMap::new();
         let flags = attribute(HEADER_FLAGS, &COMPACT_BITSETS.to_ne_bytes());
-        let request = generic(LINKMODES_GET, &attribute(LINKMODES_HEADER, &flags));
+        let request = generic(LINKMODES_GET, &attribute(NESTED | LINKMODES_HEADER, &flags));
         self.netlink.dump(self.family, &request, self.family, |body| {
             rates.extend(parse_rate(body));
         })?;
