@@ -1,5 +1,4 @@
-//! Interfaces, their addresses and queues, by rtnetlink(7) in this network namespace; line rates from sysfs for
-//! kernels that do not tell them by [`ethtool`](super::ethtool).
+//! Interfaces, their addresses and queues, by rtnetlink(7) in this network namespace; line rates from sysfs.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -11,7 +11,6 @@
 //! addresses of the node use no port and are left out. Sockets of processes in other network namespaces are not seen:
 //! run one agent in each namespace that carries traffic of the job.
 
-mod ethtool;
 mod flows;
 mod links;
 mod netlink;
@@ -26,7 +25,6 @@ use stallscope_attribution::facts::PortFacts;
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
-use self::ethtool::Ethtool;
 use self::flows::Flows;
 use self::links::{Link, Queue};
 pub use self::netlink::DumpError;
@@ -54,8 +52,6 @@ pub enum NetError {
 pub struct NetSource {
     node: String,
     class_net: PathBuf,
-    /// `None` on kernels before 5.6, where only `/sys` knows line rates: those of the namespace it was mounted in.
-    ethtool: Option<Ethtool>,
     diag: Netlink,
     route: Netlink,
     owners: Owners,
@@ -84,7 +80,6 @@ impl NetSource {
         Ok(Self {
             node: node.into(),
             class_net: PathBuf::from("/sys/class/net"),
-            ethtool: Ethtool::open().ok(),
             diag: Netlink::open(Some(rustix::net::netlink::SOCK_DIAG)).map_err(NetError::Netlink)?,
             route: Netlink::open(None).map_err(NetError::Netlink)?,
             owners: Owners::new("/proc"),
@@ -192,7 +187,6 @@ impl NetSource {
             }
         };
         let mut by_port = self.flows.finish(&self.addresses);
-        let rates = self.line_rates(&links);
         let mut observations = Vec::new();
         if let Some(begun) = &self.begun
             && let Some(window) = Window::new(begun.at_ns, now_ns)
@@ -207,7 +201,7 @@ impl NetSource {
                     port: link.name.clone(),
                     window,
                     realtime_offset_ns,
-                    line_bytes_per_s: rates.get(index).cloned().unwrap_or(Reading::Unsupported),
+                    line_bytes_per_s: links::line_bytes_per_s(&self.class_net, &link.name),
                     sent_bytes: link.sent_bytes.saturating_sub(before.sent_bytes),
                     received_bytes: link.received_bytes.saturating_sub(before.received_bytes),
                     backlog_bytes: self.queue_reading(self.backlog.get(index).map(|&bytes| bytes.into())),
@@ -229,19 +223,6 @@ impl NetSource {
             queues,
         });
         observations
-    }
-
-    fn line_rates(&mut self, links: &BTreeMap<i32, Link>) -> BTreeMap<i32, Reading<u64>> {
-        let failed = match self.ethtool.as_mut().map(Ethtool::line_rates) {
-            Some(Ok(rates)) => return rates,
-            Some(Err(error)) => Some(format!("line rates cannot be read: {error}")),
-            None => None,
-        };
-        let rate = |link: &Link| match &failed {
-            Some(why) => Reading::Failed(why.clone()),
-            None => links::line_bytes_per_s(&self.class_net, &link.name),
-        };
-        links.iter().map(|(&index, link)| (index, rate(link))).collect()
     }
 
     fn queue_reading(&self, value: Option<u64>) -> Reading<u64> {
