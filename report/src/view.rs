@@ -1,5 +1,7 @@
 //! What every rendering shows, computed once from the document, so that text and page cannot disagree.
 
+mod efficiency;
+
 use stallscope_attribution::leaf::{Class, Leaf};
 
 use crate::document::{Blame, Gpu, Job, MfuSource, Rollup, Verdict, Where};
@@ -7,8 +9,12 @@ use crate::format;
 use crate::share::{apportion, tenths_of_percent};
 use crate::words;
 
+pub(crate) use efficiency::{mfu_notes, mfu_sentence, mfu_tenths, roof};
+
 /// How many ranks a table for people shows; the JSON has them all.
 const MOST_RANKS: usize = 32;
+/// How many nodes a table for people shows.
+const MOST_NODES: usize = 16;
 
 /// One leaf of a budget, ready to print.
 #[derive(Debug, Clone)]
@@ -162,38 +168,6 @@ pub(crate) fn ideal_known(rollup: &Rollup) -> bool {
     rollup.total_ns > 0 && rollup.is_measured(Leaf::Ideal)
 }
 
-/// MFU in tenths of a point: the ideal leaf where there is one, so that it agrees with the table below it.
-pub(crate) fn mfu_tenths(job: &Job) -> Option<i64> {
-    if ideal_known(&job.total) && job.mfu_points.is_some() {
-        return Some(bands(&job.total)[Band::Ideal as usize]);
-    }
-    job.mfu_points.map(|points| (i64::from(points.ppm) + 500) / 1000)
-}
-
-/// MFU in a few words, with its interval and what it rests on, or what to do to know it.
-pub(crate) fn mfu_sentence(job: &Job) -> String {
-    let Some(mfu) = mfu_tenths(job) else {
-        return "MFU unknown: declare the model's FLOPs per GPU and step in STALLSCOPE_MODEL_FLOPS_PER_STEP"
-            .to_owned();
-    };
-    let bounds = job.total.intervals.get(Leaf::Ideal.name());
-    let bounds = bounds
-        .map(|bounds| bounds_tenths(*bounds, job.total.total_ns))
-        .map_or_else(String::new, |bounds| {
-            format!(
-                ", between {} and {}",
-                format::tenths(bounds.0),
-                format::tenths(bounds.1)
-            )
-        });
-    let source = match job.mfu_source {
-        MfuSource::DeclaredFlops => "from declared model FLOPs",
-        MfuSource::TensorActivity => "estimated from tensor activity",
-        MfuSource::Unknown => "source not told",
-    };
-    format!("MFU {} %{bounds} ({source})", format::tenths(mfu))
-}
-
 /// What of every 100 GPU-hours is lost, and how it is counted.
 pub(crate) struct Lost {
     pub(crate) tenths: i64,
@@ -205,7 +179,9 @@ pub(crate) struct Lost {
 
 /// The headline loss. Without model FLOPs only time in which no compute ran can be called lost.
 pub(crate) fn lost(job: &Job) -> Lost {
-    let against_model_math = ideal_known(&job.total) && job.mfu_points.is_some();
+    // FLOPs of operators with shapes leave out all other work of the model: they measure, they do not accuse.
+    let known = job.mfu_points.is_some() && job.mfu_source != MfuSource::OperatorShapes;
+    let against_model_math = ideal_known(&job.total) && known;
     let counted = |line: &Line| match line.class {
         Class::Compute => against_model_math && line.name != Leaf::Ideal.name(),
         Class::Comm | Class::Memory | Class::Idle => true,
@@ -347,6 +323,23 @@ pub(crate) struct BlameLine {
     pub(crate) tenths: i64,
 }
 
+/// All waiting that was moved, and how much of it was exposed, in words.
+pub(crate) fn waiting(job: &Job) -> String {
+    let exposed = job.total.leaf_ns(Leaf::CommSkew);
+    let moved: i128 = job.blame.iter().map(|blame| i128::from(blame.cost_ns)).sum();
+    let share = lines(&job.total)
+        .iter()
+        .find(|line| line.name == Leaf::CommSkew.name())
+        .map_or(0, |line| line.tenths);
+    let (time, share) = (format::duration(exposed), format::tenths(share));
+    if moved > exposed {
+        let all = format::duration(moved);
+        format!("{all} of waiting, exposed of it {time} (comm.skew, {share} %)")
+    } else {
+        format!("comm.skew, {time} = {share} %, moved to who was late")
+    }
+}
+
 /// The waiting by culprit, largest first; what is beyond `most` lines is summed in the last.
 pub(crate) fn blame_lines(job: &Job, most: usize) -> Vec<BlameLine> {
     let mut blame: Vec<&Blame> = job.blame.iter().filter(|blame| blame.cost_ns > 0).collect();
@@ -412,6 +405,32 @@ pub(crate) fn shown_gpus(job: &Job) -> Vec<&Gpu> {
     gpus
 }
 
+/// The GPUs left out of tables for people, summed; `None` when none is.
+pub(crate) fn hidden_gpus(job: &Job) -> Option<Rollup> {
+    let shown: std::collections::BTreeSet<(u32, u32)> =
+        shown_gpus(job).iter().map(|gpu| (gpu.rank, gpu.gpu)).collect();
+    let hidden = job
+        .gpus
+        .iter()
+        .filter(|gpu| !shown.contains(&(gpu.rank, gpu.gpu)));
+    Some(Rollup::over(hidden)).filter(|rest| rest.gpus > 0)
+}
+
+/// The nodes to show to people, those that do least model math first when they are many, and the rest summed.
+pub(crate) fn shown_nodes(job: &Job) -> (Vec<(&str, &Rollup)>, Option<Rollup>) {
+    let mut nodes: Vec<(&str, &Rollup)> = job.nodes.iter().map(|(node, sum)| (node.as_str(), sum)).collect();
+    if nodes.len() <= MOST_NODES {
+        return (nodes, None);
+    }
+    nodes.sort_by_key(|(node, sum)| (std::cmp::Reverse(sum.total_ns - sum.leaf_ns(Leaf::Ideal)), *node));
+    let kept: std::collections::BTreeSet<&str> =
+        nodes.iter().take(MOST_NODES).map(|(node, _)| *node).collect();
+    let rest = Rollup::over(job.gpus.iter().filter(|gpu| !kept.contains(gpu.node.as_str())));
+    nodes.truncate(MOST_NODES);
+    nodes.sort_unstable_by_key(|(node, _)| *node);
+    (nodes, Some(rest))
+}
+
 /// What to bear in mind when reading this job's numbers.
 pub(crate) fn notes(job: &Job) -> Vec<String> {
     let mut notes = vec![format!(
@@ -433,12 +452,21 @@ pub(crate) fn notes(job: &Job) -> Vec<String> {
             gpu.rank
         ));
     }
+    notes.extend(mfu_notes(job));
+    notes.extend(job.notes.iter().map(|note| format::clean(note)));
     match job.kind.as_str() {
         "decode" => {
             notes.push("decode is bound by memory bandwidth: judge it by HBM activity, not by MFU".to_owned())
         }
         "unknown" | "" => {
-            notes.push("job kind not declared (STALLSCOPE_JOB_KIND): low MFU may be its nature".to_owned());
+            let how = if job.tier == "A" {
+                "--kind"
+            } else {
+                "STALLSCOPE_JOB_KIND"
+            };
+            notes.push(format!(
+                "job kind not declared ({how}): low MFU may be its nature"
+            ));
         }
         _ => {}
     }
@@ -447,24 +475,21 @@ pub(crate) fn notes(job: &Job) -> Vec<String> {
 
 /// A gap as one line.
 pub(crate) fn gap(gap: &crate::document::Gap) -> String {
-    let when = gap.period.map_or_else(
-        || "time not known".to_owned(),
-        |period| {
-            let length = period.end_unix_ns.saturating_sub(period.start_unix_ns);
-            format!(
-                "{} for {}",
-                format::utc(period.start_unix_ns),
-                format::duration(length.into())
-            )
-        },
-    );
+    let when = gap.period.map_or_else(String::new, |period| {
+        let length = period.end_unix_ns.saturating_sub(period.start_unix_ns);
+        format!(
+            ", {} for {}",
+            format::utc(period.start_unix_ns),
+            format::duration(length.into())
+        )
+    });
     let count = if gap.count == 0 {
         String::new()
     } else {
         format!(" ({} missing)", gap.count)
     };
     format!(
-        "{}: {}{count}, {when}",
+        "{}: {}{count}{when}",
         format::clean(&gap.node),
         format::clean(&gap.what)
     )

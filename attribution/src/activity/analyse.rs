@@ -3,7 +3,7 @@
 use super::collectives::{self, Joined};
 use super::contention::{Contention, contention};
 use super::efficiency::{ModelMath, Span, by_class, carve, model_math};
-use super::label::{Known, label};
+use super::label::{Known, before, label};
 use super::math::{Arithmetic, repeated};
 use super::steps::{marked, pattern};
 use super::verdict::{self, Case};
@@ -42,6 +42,8 @@ pub(super) struct Labelled {
     pub(super) subject: GpuSubject,
     pub(super) records: Vec<Record>,
     pub(super) labels: Vec<Label>,
+    /// What the host did before the first record; of no budget.
+    before: Vec<Label>,
     pub(super) total: Budget,
     pub(super) contention: Contention,
     math: Result<ModelMath, String>,
@@ -80,13 +82,19 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         .collect();
     let blame = blames(&joined, &labelled);
     let observed = observed(&job, &labelled);
+    let work = work(&labelled, &job.declared);
+    let ideal_ns = work.efficiency.as_ref().map(|_| {
+        labelled
+            .iter()
+            .fold(0_u64, |sum, gpu| sum.saturating_add(gpu.ns(Leaf::Ideal)))
+    });
     let verdicts = verdict::judge(&Case {
         gpus: &labelled,
         joined: &joined,
         blame: &blame,
         ranks: world.max(u32::try_from(labelled.len()).unwrap_or(u32::MAX)),
+        ideal_ns,
     });
-    let work = work(&labelled, &job.declared);
     let mfu_declared = work
         .efficiency
         .as_ref()
@@ -151,9 +159,8 @@ fn work(gpus: &[Labelled], declared: &Declared) -> WorkAccount {
             .find_map(|gpu| gpu.math.as_ref().ok())
             .map(|math| math.how.clone()),
     };
-    let hardware = |gpu: &Labelled| gpu.math.as_ref().ok().and_then(|math| math.hardware_ns);
-    let all_known = gpus.iter().all(|gpu| hardware(gpu).is_some());
-    let hfu_ppm = share(gpus, |gpu| hardware(gpu).unwrap_or(0)).filter(|_| all_known);
+    let all_known = gpus.iter().all(|gpu| gpu.hardware_ns().is_some());
+    let hfu_ppm = share(gpus, |gpu| gpu.hardware_ns().unwrap_or(0)).filter(|_| all_known);
     WorkAccount {
         kernels: by_class(gpus.iter().flat_map(|gpu| &gpu.records)),
         efficiency: efficiency.map(|how| crate::job::Efficiency { hfu_ppm, ..how }),
@@ -184,7 +191,8 @@ impl Labelled {
             again: &again,
             excess_ns: &contention.excess_ns,
         };
-        let labels = label(&records, known, &Host::new(&rank.host, rank.main_thread));
+        let host = Host::new(&rank.host, rank.main_thread);
+        let labels = label(&records, known, &host);
         let (edges, method, calls) = edges(&records, &rank.marks);
         let end = labels.last().map_or(0, |label| label.window.end_ns());
         // The last mark ends with the trace; a pattern's last call begins a step that may be cut off.
@@ -211,6 +219,7 @@ impl Labelled {
         Self {
             subject,
             labels,
+            before: before(&records, &host),
             total,
             contention,
             math,
@@ -233,6 +242,11 @@ impl Labelled {
             median_step_ns: lengths.get(lengths.len() / 2).copied().unwrap_or(0),
             activity: Reading::NotMeasured,
         }
+    }
+
+    /// What all its arithmetic needs at the peak, ns; `None` when that is not known.
+    pub(super) fn hardware_ns(&self) -> Option<u64> {
+        self.math.as_ref().ok()?.hardware_ns
     }
 
     /// Nanoseconds of one leaf.
@@ -289,7 +303,10 @@ fn budget(labels: &[Label], mut measured: u32, math: Option<&ModelMath>) -> Budg
 }
 
 fn blames(joined: &Joined, gpus: &[Labelled]) -> Vec<Blame> {
-    let labels: Vec<Vec<Label>> = gpus.iter().map(|gpu| gpu.labels.clone()).collect();
+    let labels: Vec<Vec<Label>> = gpus
+        .iter()
+        .map(|gpu| [&gpu.before[..], &gpu.labels].concat())
+        .collect();
     let mut blames: Vec<Blame> = joined
         .blame(&labels)
         .into_iter()

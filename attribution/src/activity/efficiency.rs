@@ -81,7 +81,7 @@ pub(super) fn model_math(
         (None, None) => String::new(),
     };
     let words = format!(
-        "{}.{} TFLOP/s {} ({source})",
+        "{}.{} TFLOP/s {}: {source}",
         peak / 1_000_000_000_000,
         peak / 100_000_000_000 % 10,
         nominal.name()

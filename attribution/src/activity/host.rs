@@ -52,6 +52,17 @@ impl Host {
         }
     }
 
+    /// When the thread, or the training loop, was first seen.
+    pub(super) fn first_seen(&self, thread: u32) -> Option<u64> {
+        let own = self.threads.get(&thread);
+        let main = self.main.and_then(|main| self.threads.get(&main));
+        let starts = [own, main]
+            .into_iter()
+            .flatten()
+            .filter_map(|thread| thread.segments.first());
+        starts.map(|segment| segment.window.start_ns()).min()
+    }
+
     /// Leaves of the time in which `thread` had not yet launched what the GPU ran next; disjoint, covering
     /// `window`. Where the thread shows nothing, the training loop speaks for it.
     pub(super) fn explain(&self, window: Window, thread: u32, mut give: impl FnMut(Window, Leaf)) {

@@ -1,7 +1,7 @@
 //! One leaf for every nanosecond of a GPU.
 
 use super::host::Host;
-use super::{Record, Work};
+use super::{Launch, Record, Work};
 use crate::leaf::Leaf;
 use crate::sweep;
 use crate::time::Window;
@@ -139,6 +139,22 @@ fn cut(window: Window, first_ns: u64) -> [Window; 2] {
     ]
 }
 
+/// Leaves of the time from what is first seen of the host to the first record: nothing ran yet, and others may
+/// have waited for it.
+pub(super) fn before(records: &[Record], host: &Host) -> Vec<Label> {
+    let mut labels = Labels::default();
+    let first = records
+        .first()
+        .and_then(|record| Some((record.window.start_ns(), record.launch?)));
+    if let Some((start, launch)) = first
+        && let Some(from) = host.first_seen(launch.thread)
+        && let Some(early) = Window::new(from, start)
+    {
+        until(early, launch, host, &mut labels);
+    }
+    labels.0
+}
+
 /// The idle time from the end of `p` to the start of `n`: until the launch of what runs next it is the host's.
 fn gap(gap: Window, records: &[Record], host: &Host, labels: &mut Labels) {
     let at = records.partition_point(|record| record.window.start_ns() < gap.end_ns());
@@ -154,7 +170,12 @@ fn gap(gap: Window, records: &[Record], host: &Host, labels: &mut Labels) {
         let short = gap.len_ns() < LAUNCH_LATENCY_NS;
         return labels.push(gap, if short { Leaf::IdleLaunch } else { Leaf::IdleDep });
     }
-    let launched = launch.at_ns.min(gap.end_ns());
+    until(gap, launch, host, labels);
+}
+
+/// An idle stretch that ends with launched work: the host's until the launch, launch latency after it.
+fn until(gap: Window, launch: Launch, host: &Host, labels: &mut Labels) {
+    let launched = launch.at_ns.clamp(gap.start_ns(), gap.end_ns());
     if let Some(hosts) = Window::new(gap.start_ns(), launched) {
         host.explain(hosts, launch.thread, |window, leaf| labels.push(window, leaf));
     }

@@ -1,5 +1,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod verdicts;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -392,6 +394,34 @@ fn waiting_moves_to_the_last_rank_and_what_it_did() {
     assert_eq!(analysis.verdicts[0].cause, Cause::JobImbalance);
     assert_eq!(analysis.verdicts[0].place.rank, Some(2));
     assert_eq!(analysis.verdicts[0].ruled_out[0].cause, Cause::NetworkFabric);
+}
+
+#[test]
+fn what_kept_a_rank_before_its_first_work_is_known_from_its_host() {
+    let early = vec![
+        record(1_000, 10_000, COMM, Some(900)),
+        record(10_000, 11_000, GEMM, Some(900)),
+    ];
+    let late = vec![
+        record(9_000, 10_000, COMM, Some(8_000)),
+        record(10_000, 11_000, GEMM, Some(8_000)),
+    ];
+    let host = vec![doing(0, 6_000, Doing::Data), doing(6_000, 8_500, Doing::Issue)];
+    let analysis = explain(vec![rank(0, 2, early, Vec::new()), rank(1, 2, late, host)]);
+    let blamed: Vec<_> = analysis
+        .blame
+        .iter()
+        .map(|b| (b.place.rank, b.leaf, b.cost_ns))
+        .collect();
+    assert_eq!(
+        blamed,
+        [
+            (Some(1), Leaf::IdleDataCpu, 5_000),
+            (Some(1), Leaf::IdleLaunch, 3_000)
+        ]
+    );
+    // The late rank's own budget begins with its first record.
+    assert_eq!(analysis.gpus[1].total.window_ns(), 2_000);
 }
 
 #[test]

@@ -1,7 +1,15 @@
 //! Causes named from exact leaves.
+//!
+//! In this order: waiting for a late rank and what each rank lost by itself, by cost; else what nothing explains; else
+//! what the kernels themselves leave; else `none`. A rank's own loss counts only beyond what it waits for others anyway:
+//! without it the rank would wait longer, and the job would gain nothing.
+
+mod compute;
+mod waiting;
 
 use std::collections::BTreeMap;
 
+use super::Work;
 use super::analyse::{Labelled, place};
 use super::collectives::Joined;
 use crate::budget::arith::mul_div;
@@ -18,8 +26,6 @@ const LEAST_LAUNCH_PPM: u64 = 90_000;
 const BESIDE_PERCENT: u64 = 35;
 /// One rank is the place when it has at least this share of a cost, percent.
 const ONE_RANK_PERCENT: u64 = 60;
-/// A late rank's cause is named when it kept the rank for this share of the waiting, percent.
-const KNOWN_PERCENT: u64 = 25;
 /// Communication or idle time without an explanation at this share is a finding of its own, parts per million.
 const UNEXPLAINED_PPM: u64 = 120_000;
 /// What a fix returns at least of the cost, when nothing else binds next: percent.
@@ -31,12 +37,16 @@ pub(super) struct Case<'a> {
     pub(super) blame: &'a [Blame],
     /// Ranks of the job, known or not.
     pub(super) ranks: u32,
+    /// The model's arithmetic at the peak over all GPUs, ns; `None` when it is not known.
+    pub(super) ideal_ns: Option<u64>,
 }
 
 #[derive(Default)]
 struct Cost {
-    /// By GPU.
+    /// By GPU, beyond what it waits for others anyway.
     own: Vec<u64>,
+    /// What its waiting for others hides.
+    hidden: u64,
     leaves: BTreeMap<Leaf, u64>,
 }
 
@@ -100,14 +110,21 @@ pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
         }
         verdicts.push(verdict(case, cause, &cost, total_ns));
     }
-    verdicts.extend(late_rank(case, total_ns));
+    verdicts.extend(waiting::late_rank(case, total_ns));
     verdicts.sort_by_key(|verdict| (core::cmp::Reverse(verdict.cost_ns), verdict.cause));
     if verdicts.is_empty() {
-        verdicts.push(unexplained(case, total_ns).unwrap_or_else(|| nothing(case, total_ns)));
+        let last = unexplained(case, total_ns).or_else(|| compute::kernels(case, total_ns));
+        verdicts.push(last.unwrap_or_else(|| nothing(case, total_ns)));
     }
-    let network = network(case, total_ns);
+    let network = waiting::network(case, total_ns);
+    let mfu = |total_ns: u64| case.ideal_ns.map(|ideal| mul_div(ideal, 10_000, total_ns));
     for verdict in &mut verdicts {
         verdict.ruled_out = network.iter().chain(&dropped).cloned().collect();
+        let after = mfu(total_ns.saturating_sub(verdict.cost_ns));
+        verdict.recovers.mfu_centipoints = after
+            .zip(mfu(total_ns))
+            .filter(|_| verdict.cost_ns > 0)
+            .map(|(then, now)| u32::try_from(then.saturating_sub(now)).unwrap_or(u32::MAX));
     }
     verdicts
 }
@@ -122,60 +139,20 @@ const fn least_ppm(cause: Cause) -> u64 {
 fn costs(case: &Case<'_>) -> BTreeMap<Cause, Cost> {
     let mut costs: BTreeMap<Cause, Cost> = BTreeMap::new();
     for (at, gpu) in case.gpus.iter().enumerate() {
+        let lost = Leaf::ALL.iter().filter(|leaf| own(**leaf).is_some());
+        let lost_ns: u64 = lost.map(|leaf| gpu.ns(*leaf)).sum();
+        let hidden_ns = lost_ns.min(gpu.ns(Leaf::CommSkew));
         for leaf in Leaf::ALL {
             let Some(cause) = own(*leaf) else { continue };
+            let hidden = mul_div(gpu.ns(*leaf), hidden_ns, lost_ns);
             let cost = costs.entry(cause).or_default();
             cost.own.resize(case.gpus.len(), 0);
-            cost.own[at] = cost.own[at].saturating_add(gpu.ns(*leaf));
+            cost.own[at] = cost.own[at].saturating_add(gpu.ns(*leaf) - hidden);
+            cost.hidden = cost.hidden.saturating_add(hidden);
             *cost.leaves.entry(*leaf).or_default() += gpu.ns(*leaf);
         }
     }
     costs
-}
-
-/// Exposed waiting for late ranks, when it is a loss worth naming: the rank that most of it was for, and what it did.
-/// Waiting under compute costs nothing and does not count.
-fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
-    let exposed = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
-    if mul_div(exposed, PPM, total_ns) < LEAST_PPM {
-        return None;
-    }
-    let mut by_rank: BTreeMap<&Place, u64> = BTreeMap::new();
-    for blame in case.blame {
-        *by_rank.entry(&blame.place).or_default() += blame.cost_ns;
-    }
-    let waited: u64 = by_rank.values().sum();
-    let (worst, theirs) = by_rank.iter().max_by_key(|(_, ns)| **ns)?;
-    let one = u128::from(*theirs) * 100 >= u128::from(waited) * u128::from(ONE_RANK_PERCENT);
-    let mut causes: BTreeMap<Cause, u64> = BTreeMap::new();
-    for blame in case.blame.iter().filter(|blame| !one || blame.place == **worst) {
-        *causes.entry(blame.cause).or_default() += blame.cost_ns;
-    }
-    let blamed: u64 = causes.values().sum();
-    let known = causes
-        .iter()
-        .filter(|(cause, _)| **cause != Cause::Unknown)
-        .max_by_key(|(_, ns)| **ns)
-        .filter(|(_, ns)| u128::from(**ns) * 100 >= u128::from(blamed) * u128::from(KNOWN_PERCENT));
-    let cause = known.map_or(Cause::Unknown, |(cause, _)| *cause);
-    let cost_ns = if one {
-        mul_div(exposed, *theirs, waited)
-    } else {
-        exposed
-    };
-    let mut verdict = plain(
-        cause,
-        "trace the late rank and another one together with_stack=True: compare what they do before the collective",
-    );
-    verdict.place = if one { (*worst).clone() } else { Place::default() };
-    verdict.evidence = lateness(case);
-    verdict.confidence = match (one, known) {
-        (true, Some(_)) if case.joined.residual_ns == 0 => Confidence::High,
-        (_, Some(_)) => Confidence::Medium,
-        (_, None) => Confidence::Low,
-    };
-    price(&mut verdict, cost_ns, total_ns);
-    Some(verdict)
 }
 
 fn price(verdict: &mut Verdict, cost_ns: u64, total_ns: u64) {
@@ -206,65 +183,38 @@ fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64) -> Verdict
             expected: format!("below {}", percent(least_ppm(cause))),
         })
         .collect();
+    if cost.hidden > 0 {
+        verdict.evidence.push(Evidence {
+            what: "of it hidden behind waiting for late ranks".into(),
+            value: format!(
+                "{} ({})",
+                percent(mul_div(cost.hidden, PPM, total_ns)),
+                millis(cost.hidden)
+            ),
+            expected: "not counted: without it those ranks would wait longer".into(),
+        });
+    }
+    if cause == Cause::DataCopy {
+        verdict.evidence.extend(pageable(case));
+    }
     price(&mut verdict, cost_ns, total_ns);
     verdict
 }
 
-/// Who was late, how often, and what it cost the others.
-fn lateness(case: &Case<'_>) -> Vec<Evidence> {
-    let mut by_rank: BTreeMap<Option<u32>, u64> = BTreeMap::new();
-    for blame in case.blame {
-        *by_rank.entry(blame.place.rank).or_default() += blame.cost_ns;
-    }
-    let mut by_rank: Vec<_> = by_rank.into_iter().collect();
-    by_rank.sort_by_key(|(rank, ns)| (core::cmp::Reverse(*ns), *rank));
-    let waited: u64 = by_rank.iter().map(|(_, ns)| ns).sum();
-    let exposed = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
-    let whole = Evidence {
-        what: format!(
-            "waiting for the last rank in {} collectives, all ranks",
-            case.joined.collectives
-        ),
-        value: format!(
-            "{}, of it {} with nothing else to run",
-            millis(waited),
-            millis(exposed)
-        ),
-        expected: "ranks arrive together".into(),
+/// Copies from memory that the host had not pinned: they cannot run under compute.
+fn pageable(case: &Case<'_>) -> Option<Evidence> {
+    let copies = || {
+        let records = case.gpus.iter().flat_map(|gpu| &gpu.records);
+        records.filter(|record| matches!(record.work, Work::ToDevice | Work::ToHost))
     };
-    let worst = by_rank.into_iter().take(3).map(|(rank, ns)| {
-        let (who, times) = rank.map_or(("ranks that wait in a circle".to_owned(), 0), |rank| {
-            let late = case
-                .gpus
-                .iter()
-                .zip(&case.joined.last)
-                .filter(|(gpu, _)| gpu.subject.rank == rank);
-            (format!("rank {rank}"), late.map(|(_, last)| last).sum())
-        });
-        Evidence {
-            what: format!("waiting for {who}"),
-            value: format!(
-                "{}, last in {times} of {} collectives",
-                millis(ns),
-                case.joined.collectives
-            ),
-            expected: "no rank is last more often than others".into(),
-        }
-    });
-    core::iter::once(whole).chain(worst).collect()
-}
-
-/// The network is ruled out when collectives were mostly waiting.
-fn network(case: &Case<'_>, total_ns: u64) -> Option<RuledOut> {
-    let skew = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
-    let moving = sum(case, |gpu| gpu.ns(Leaf::CommProto));
-    (skew > moving).then(|| RuledOut {
-        cause: Cause::NetworkFabric,
-        why: format!(
-            "after the last rank had arrived, exposed communication took {} of GPU time; waiting for it {}",
-            percent(mul_div(moving, PPM, total_ns)),
-            percent(mul_div(skew, PPM, total_ns)),
-        ),
+    let time = |pageable: bool| -> u64 {
+        let of_kind = copies().filter(|record| record.pageable || !pageable);
+        of_kind.map(|record| record.window.len_ns()).sum()
+    };
+    (time(true) > 0).then(|| Evidence {
+        what: "time of copies from or to pageable memory".into(),
+        value: format!("{} of {}", millis(time(true)), millis(time(false))),
+        expected: "none: pinned memory is copied without blocking".into(),
     })
 }
 
@@ -323,6 +273,7 @@ fn nothing(case: &Case<'_>, total_ns: u64) -> Verdict {
             value: percent(mul_div(ns, PPM, total_ns)),
             expected: "no cause stands out".into(),
         })
+        .chain(compute::plain_units(case))
         .collect();
     verdict
 }

@@ -6,14 +6,15 @@ use std::collections::BTreeMap;
 use stallscope_attribution::budget::Budget;
 use stallscope_attribution::cause::Place;
 use stallscope_attribution::facts::RecordGap;
-use stallscope_attribution::job::{self, GpuSummary, JobAnalysis, Tier};
+use stallscope_attribution::job::{self, FlopsSource, GpuSummary, JobAnalysis, Tier};
 use stallscope_attribution::leaf::{Class, Leaf};
+use stallscope_attribution::peaks;
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
 use super::{
-    Activity, Blame, Document, Evidence, Gap, Gpu, Job, MfuSource, Period, Recovers, Rollup, RuledOut,
-    SCHEMA, Steps, Sweep, Verdict, Where,
+    Activity, Blame, Document, Evidence, Gap, Gpu, Job, KernelTime, MfuSource, Period, Recovers, Rollup,
+    RuledOut, SCHEMA, Steps, Sweep, Verdict, Where,
 };
 use crate::share::{Points, Share};
 
@@ -60,23 +61,65 @@ const fn weakness(tier: Tier) -> u8 {
 impl From<&JobAnalysis> for Job {
     fn from(analysis: &JobAnalysis) -> Self {
         let gpus: Vec<Gpu> = analysis.gpus.iter().map(Gpu::from).collect();
+        let how = analysis.work.efficiency.as_ref();
         Self {
             job: analysis.job.clone(),
             kind: analysis.kind.clone(),
             tier: analysis.tier.name().to_owned(),
             observed: analysis.observed.map(Period::from),
             mfu_points: analysis.mfu_ppm.map(|ppm| Points { ppm }),
-            mfu_source: match (analysis.mfu_ppm, analysis.mfu_declared) {
-                (None, _) => MfuSource::Unknown,
-                (Some(_), true) => MfuSource::DeclaredFlops,
-                (Some(_), false) => MfuSource::TensorActivity,
-            },
+            mfu_source: mfu_source(analysis),
+            hfu_points: how.and_then(|how| how.hfu_ppm).map(|ppm| Points { ppm }),
+            mfu_convention: how.map(|how| how.convention.clone()),
+            peak: how.map(|how| how.peak.clone()).or_else(|| peak(analysis)),
+            kernels: analysis.work.kernels.iter().map(KernelTime::from).collect(),
+            notes: analysis.work.notes.clone(),
             total: Rollup::over(&gpus),
             nodes: by_node(&gpus),
             gpus,
             blame: analysis.blame.iter().map(Blame::from).collect(),
             verdicts: analysis.verdicts.iter().map(Verdict::from).collect(),
             gaps: analysis.gaps.iter().map(Gap::from).collect(),
+        }
+    }
+}
+
+fn mfu_source(analysis: &JobAnalysis) -> MfuSource {
+    let source = analysis.work.efficiency.as_ref().map(|how| how.source);
+    match (analysis.mfu_ppm, source, analysis.mfu_declared) {
+        (None, ..) => MfuSource::Unknown,
+        (_, Some(FlopsSource::Declared), _) | (_, None, true) => MfuSource::DeclaredFlops,
+        (_, Some(FlopsSource::OperatorShapes), _) => MfuSource::OperatorShapes,
+        (_, Some(FlopsSource::TensorActivity), _) | (_, None, false) => MfuSource::TensorActivity,
+    }
+}
+
+/// The row of the peaks table behind the MFU, when all GPUs are of one kind.
+fn peak(analysis: &JobAnalysis) -> Option<String> {
+    analysis.mfu_ppm?;
+    let mut rows = analysis
+        .gpus
+        .iter()
+        .map(|gpu| peaks::find(0, &gpu.subject.device));
+    let row = rows.next()??;
+    rows.all(|other| other.is_some_and(|other| other.names == row.names))
+        .then(|| {
+            let gflops = row.peak_gflops;
+            format!(
+                "{}.{} TFLOP/s bf16: {}",
+                gflops / 1000,
+                gflops / 100 % 10,
+                row.source
+            )
+        })
+}
+
+impl From<&job::KernelTime> for KernelTime {
+    fn from(of: &job::KernelTime) -> Self {
+        Self {
+            class: of.class.to_owned(),
+            time_ns: of.time_ns,
+            count: of.count,
         }
     }
 }

@@ -50,9 +50,24 @@ pub struct Job {
     /// Model FLOPs utilisation in percent; `null` when it is not known.
     #[serde(default)]
     pub mfu_points: Option<Points>,
-    /// What `mfu_points` rests on: `declared_flops`, `tensor_activity` or `unknown`.
+    /// What `mfu_points` rests on: `declared_flops`, `operator_shapes`, `tensor_activity` or `unknown`.
     #[serde(default)]
     pub mfu_source: MfuSource,
+    /// Hardware FLOPs utilisation in percent, with what is repeated; absent when it is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hfu_points: Option<Points>,
+    /// Which FLOPs count in `mfu_points`; absent when that is not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mfu_convention: Option<String>,
+    /// Which peak `mfu_points` is measured against; absent when that is not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak: Option<String>,
+    /// GPU time of kernels by class, most first; absent when kernels were not seen.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<KernelTime>,
+    /// References that leaves were measured against, and what they do not cover.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// All GPUs summed.
     #[serde(default)]
     pub total: Rollup,
@@ -61,7 +76,8 @@ pub struct Job {
     pub nodes: BTreeMap<String, Rollup>,
     /// One per rank.
     pub gpus: Vec<Gpu>,
-    /// Waiting of other ranks, moved to who caused it; the costs sum to `comm.skew` of `total`.
+    /// Waiting of other ranks, moved to who caused it; the costs sum to `comm.skew` of `total`, in tier A to all
+    /// waiting, also that under compute, which costs nothing and is in no leaf.
     pub blame: Vec<Blame>,
     /// Causes, largest cost first.
     pub verdicts: Vec<Verdict>,
@@ -70,12 +86,26 @@ pub struct Job {
     pub gaps: Vec<Gap>,
 }
 
+/// GPU time of one class of kernels, whatever ran beside them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelTime {
+    /// `gemm`, `attention`, `convolution`, `normalisation`, `elementwise`, `optimiser`, `communication`, `memory`, or
+    /// `unknown` for names of no known class.
+    pub class: String,
+    /// Sum of the kernels' lengths, GPU-ns; kernels that overlap count twice.
+    pub time_ns: u64,
+    /// Kernels.
+    pub count: u64,
+}
+
 /// What an MFU rests on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MfuSource {
     /// FLOPs per step that the job declared.
     DeclaredFlops,
+    /// Shapes of the operators in a trace.
+    OperatorShapes,
     /// Tensor activity of the devices.
     TensorActivity,
     /// There is no MFU, or its source is newer than this version.

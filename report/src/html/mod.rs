@@ -61,11 +61,15 @@ fn render_job(job: &Job, index: i64) -> Markup {
     out.element("<p class=\"headline\">", &view::headline(job), "</p>\n");
     tiles(&mut out, job);
     out.raw("<section><h2>From all GPU time to model math</h2>");
-    out.element(
-        "<p>",
-        &view::mfu_sentence(job),
-        ". Whiskers are the bounds of what the tier can see.</p>",
-    );
+    out.element("<p>", &view::mfu_sentence(job), ".");
+    if let Some(roof) = view::roof(job) {
+        out.element(" ", &roof, ".");
+    }
+    out.raw(if job.total.intervals.is_empty() {
+        "</p>"
+    } else {
+        " Whiskers are the bounds of what the tier can see.</p>"
+    });
     out.raw("<div class=\"panel\">")
         .part(&svg::waterfall(job, index, false))
         .raw("</div></section>\n");
@@ -87,6 +91,7 @@ fn render_job(job: &Job, index: i64) -> Markup {
     out.raw("</div></section>\n");
     tables::who_caused_it(&mut out, job);
     tables::side_by_side(&mut out, job);
+    tables::kernels(&mut out, job);
     tables::budget(&mut out, job);
     gaps(&mut out, job);
     out.raw("<footer>How to read this report<ul>");
@@ -100,16 +105,16 @@ fn render_job(job: &Job, index: i64) -> Markup {
 fn tiles(out: &mut Markup, job: &Job) {
     out.raw("<dl class=\"tiles\">\n");
     let mfu = view::mfu_tenths(job).map(|mfu| format!("{} %", tenths(mfu)));
-    let source = if mfu.is_some() {
-        "of the device's peak did model math"
-    } else {
-        "declare model FLOPs to know it"
+    let source = match (&mfu, job.hfu_points) {
+        (Some(_), Some(hfu)) => format!("of the peak did model math; HFU {} %", ppm_percent(hfu.ppm)),
+        (Some(_), None) => "of the device's peak did model math".to_owned(),
+        (None, _) => "declare model FLOPs to know it".to_owned(),
     };
     tile(
         out,
         "MFU",
         mfu.as_deref().unwrap_or("unknown"),
-        source,
+        &source,
         mfu.is_none(),
     );
     if let Some(top) = job.verdicts.first() {

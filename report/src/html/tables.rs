@@ -5,6 +5,7 @@ use stallscope_attribution::leaf::{Class, Leaf};
 use crate::document::{Job, Rollup, Verdict};
 use crate::format::{duration, ppm_percent, tenths};
 use crate::markup::Markup;
+use crate::share::tenths_of_percent;
 use crate::view::{self, Band, Line, Measured};
 use crate::words;
 
@@ -52,13 +53,7 @@ pub(super) fn who_caused_it(out: &mut Markup, job: &Job) {
         );
         return;
     }
-    let waiting = duration(job.total.leaf_ns(Leaf::CommSkew));
-    let sum = tenths(lines.iter().map(|line| line.tenths).sum());
-    out.element(
-        "<p>",
-        &format!("{waiting} of waiting, {sum} % of the GPU time, moved to who was late."),
-        "</p>",
-    );
+    out.element("<p>", &view::waiting(job), ".</p>");
     out.raw("<div class=\"panel\"><table><thead><tr><th>who</th><th>cause</th><th>leaf</th>");
     out.raw("<th class=\"n\">GPU time of others</th><th class=\"n\">share</th></tr></thead><tbody>");
     for line in lines {
@@ -75,6 +70,10 @@ pub(super) fn who_caused_it(out: &mut Markup, job: &Job) {
 }
 
 pub(super) fn side_by_side(out: &mut Markup, job: &Job) {
+    // Traces hold no device counters: a table of nothing says nothing.
+    if job.gpus.iter().all(|gpu| gpu.activity.is_none()) && job.mfu_points.is_none() && job.tier == "A" {
+        return;
+    }
     out.raw("<section><h2>Side by side</h2><p>A driver's 100 % says only that some kernel was resident, even one that ");
     out.raw("waits. Mean percent over the steps.</p><div class=\"panel\"><table><thead><tr><th>GPU</th><th>device</th>");
     out.raw("<th class=\"n\">driver utilisation</th><th class=\"n\">SM</th><th class=\"n\">tensor</th>");
@@ -103,6 +102,24 @@ pub(super) fn side_by_side(out: &mut Markup, job: &Job) {
             _ => "unknown".to_owned(),
         };
         out.element("<td class=\"n\">", &mfu, "</td></tr>");
+    }
+    out.raw("</tbody></table></div></section>\n");
+}
+
+/// What the kernels were, by the class of their names.
+pub(super) fn kernels(out: &mut Markup, job: &Job) {
+    if job.kernels.is_empty() {
+        return;
+    }
+    out.raw("<section><h2>Kernels by class</h2><p>Length of kernels whatever ran beside them; classes by name.</p>");
+    out.raw("<div class=\"panel\"><table><thead><tr><th>class</th><th class=\"n\">kernels</th><th class=\"n\">time</th>");
+    out.raw("<th class=\"n\">share</th></tr></thead><tbody>");
+    let times: Vec<i128> = job.kernels.iter().map(|of| of.time_ns.into()).collect();
+    for (of, share) in job.kernels.iter().zip(tenths_of_percent(&times)) {
+        out.element("<tr><td class=\"c\">", &of.class, "</td>");
+        out.element("<td class=\"n\">", &of.count.to_string(), "</td>");
+        out.element("<td class=\"n\">", &duration(of.time_ns.into()), "</td>");
+        out.element("<td class=\"n\">", &tenths(share), " %</td></tr>");
     }
     out.raw("</tbody></table></div></section>\n");
 }

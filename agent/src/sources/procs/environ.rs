@@ -2,6 +2,8 @@
 //!
 //! Nothing here is trusted: a variable that does not hold what it should is left out and named, never guessed at.
 
+use stallscope_attribution::flops::Shape;
+
 /// What a launcher told a process.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Declared {
@@ -77,7 +79,9 @@ pub(super) fn parse_environ(block: &[u8]) -> (Declared, Vec<Malformed>) {
             .into_iter()
             .find_map(|name| reader.name(name)),
         kind: reader.kind("STALLSCOPE_JOB_KIND"),
-        model_flops_per_step: reader.flops("STALLSCOPE_MODEL_FLOPS_PER_STEP"),
+        model_flops_per_step: reader
+            .flops("STALLSCOPE_MODEL_FLOPS_PER_STEP")
+            .or_else(|| reader.shape("STALLSCOPE_MODEL_SHAPE")),
         visible: reader.visible("CUDA_VISIBLE_DEVICES"),
         ..Declared::default()
     };
@@ -169,6 +173,21 @@ impl<'a> Reader<'a> {
         number
     }
 
+    /// FLOPs of one step on one GPU from the model's shape.
+    fn shape(&mut self, name: &'static str) -> Option<u64> {
+        const WANTED: &str =
+            "params=..,layers=..,heads=..,head_size=..,sequence=..,tokens=.. of one GPU and step";
+        let text = self.text(name, WANTED)?;
+        let flops = text
+            .trim()
+            .parse::<Shape>()
+            .and_then(|shape| shape.model_flops_per_step());
+        if flops.is_err() {
+            self.reject(name, text, WANTED);
+        }
+        flops.ok()
+    }
+
     fn name(&mut self, name: &'static str) -> Option<String> {
         const WANTED: &str = "a name of at most 128 bytes without control characters";
         let text = self.text(name, WANTED)?.trim();
@@ -252,6 +271,21 @@ mod tests {
                 .map(|malformed| malformed.variable)
                 .collect(),
         )
+    }
+
+    #[test]
+    fn a_shape_gives_the_flops_that_are_not_declared() {
+        let shape =
+            "STALLSCOPE_MODEL_SHAPE=params=7e9,layers=32,heads=32,head_size=128,sequence=4096,tokens=1000";
+        let flops = |entries: &[&str]| parse(entries).0.model_flops_per_step;
+        // (6 * 7e9 + 12 * 32 * 32 * 128 * 4096) * 1000.
+        assert_eq!(flops(&[shape]), Some(48_442_450_944_000));
+        assert_eq!(flops(&[shape, "STALLSCOPE_MODEL_FLOPS_PER_STEP=99"]), Some(99));
+        let (declared, malformed) = parse(&["STALLSCOPE_MODEL_SHAPE=params=7e9"]);
+        assert_eq!(
+            (declared.model_flops_per_step, malformed),
+            (None, vec!["STALLSCOPE_MODEL_SHAPE"])
+        );
     }
 
     #[test]
