@@ -31,7 +31,8 @@ const INTRODUCTION: &str = "\
 
 Written by `cargo xtask truth`. Generated jobs of 4 nodes with 8 GPUs each, with a step of one second of which 450 ms are \
 the model's arithmetic, are hit by one of twelve faults, or by two, or by something that is no fault (the controls); at \
-the dose of the scenario's definition (loud), a third (quiet) and a tenth of it (masked); from the first step and \
+the dose of the scenario's definition (loud), the same in a job whose compute varies three times as much (noisy), a \
+third (quiet) and a tenth of it (masked); from the first step and \
 beginning mid-run; with noise and places drawn from seeds. The analysis sees them as an agent would: device averages \
 over 100 ms that are late and know no step edges, clocks that disagree between nodes, lost steps and lost records. The \
 truth is what was put in, by code that shares nothing with the attribution but the names of leaves and causes.

@@ -52,6 +52,10 @@ pub(super) struct RankLedger {
     pub(super) host_link_bytes_per_s: u64,
     pub(super) faults: u32,
     pub(super) fault_code: u32,
+    /// Steps held back by heat, by the power limit, and beside another process.
+    pub(super) hot_steps: u64,
+    pub(super) capped_steps: u64,
+    pub(super) shared_steps: u64,
     pub(super) lost_records: u64,
     /// Steps with device activity.
     pub(super) with_activity: u64,
@@ -98,7 +102,11 @@ impl RankLedger {
             self.thermal_ns = self.thermal_ns.saturating_add(clock.thermal_ns);
             self.power_ns = self.power_ns.saturating_add(clock.power_ns);
             self.temperature_c = self.temperature_c.max(clock.temperature_c);
+            self.hot_steps += u64::from(clock.thermal_ns > 0);
+            self.capped_steps += u64::from(clock.power_ns > 0);
         }
+        let foreign = signals.foreign.value();
+        self.shared_steps += u64::from(foreign.is_some_and(|load| load.processes > 0 && load.sm_ppm > 0));
         if let Some(links) = signals.links.value() {
             self.nvlink_errors = self.nvlink_errors.saturating_add(links.nvlink_errors);
             self.faults = self.faults.saturating_add(links.faults);

@@ -99,6 +99,8 @@ pub enum Fault {
 pub enum Dose {
     /// As the scenario is defined.
     Loud,
+    /// As loud, in a job whose ranks' compute varies three times as much.
+    Noisy,
     /// A third of it.
     Quiet,
     /// A tenth of it.
@@ -107,13 +109,22 @@ pub enum Dose {
 
 impl Dose {
     /// All doses, loudest first.
-    pub const ALL: [Self; 3] = [Self::Loud, Self::Quiet, Self::Masked];
+    pub const ALL: [Self; 4] = [Self::Loud, Self::Noisy, Self::Quiet, Self::Masked];
+
+    /// How much compute varies from rank to rank and step to step, times the usual.
+    #[must_use]
+    pub const fn noise(self) -> u64 {
+        match self {
+            Self::Noisy => 3,
+            Self::Loud | Self::Quiet | Self::Masked => 1,
+        }
+    }
 
     /// The part of a loud delta, ns.
     #[must_use]
     pub const fn of(self, loud_ns: u64) -> u64 {
         match self {
-            Self::Loud => loud_ns,
+            Self::Loud | Self::Noisy => loud_ns,
             Self::Quiet => loud_ns / 3,
             Self::Masked => loud_ns / 10,
         }
@@ -124,6 +135,7 @@ impl Dose {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Loud => "loud",
+            Self::Noisy => "loud, noisy",
             Self::Quiet => "quiet",
             Self::Masked => "masked",
         }

@@ -97,7 +97,7 @@ pub struct Facts {
 const COPIES_OF_PCIE_JOB: u64 = 80 * MS;
 
 /// A rank's step of the base job: 1000 ms at 45 % of the peak.
-fn base(random: &mut Random) -> Work {
+fn base(random: &mut Random, noise: u64) -> Work {
     // 794.5 of 989.4 TFLOP/s is the best any GEMM reaches here.
     let ideal = ideal(None);
     let platform = ideal * (9894 - 7945) / 7945;
@@ -111,7 +111,7 @@ fn base(random: &mut Random) -> Work {
         kernel: i64::try_from(100 * MS).unwrap_or(0) - i64::try_from(platform).unwrap_or(0),
         overlap: 20 * MS,
         // The jitter of compute: the last of 32 ranks is about 20 ms later than the mean.
-        nonmatmul: 109 * MS + random.below(42 * MS),
+        nonmatmul: (130 - 21 * noise) * MS + random.below(42 * noise * MS),
         launch: 15 * MS,
         dep: 40 * MS,
         copy: 5 * MS,
@@ -143,7 +143,7 @@ pub fn step(variant: &Variant, step: usize) -> Vec<Work> {
     let victim = usize::try_from(random.below(RANKS as u64)).unwrap_or(0);
     (0..RANKS)
         .map(|rank| {
-            let mut work = base(&mut random);
+            let mut work = base(&mut random, variant.dose.noise());
             for injected in &variant.faults {
                 prepare(&mut work, injected.fault, variant.dose);
                 if injected.acts(step) {

@@ -1,6 +1,6 @@
 //! Where a cause sits: one rank, one node, or the whole job.
 
-use super::costs::{Cost, THROTTLED_PPM};
+use super::costs::{Cost, HELD_BACK_PPM};
 use super::rules::is_persistent;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};
@@ -30,7 +30,7 @@ pub(super) fn hit(cause: Cause, cost: &Cost, ledger: &Ledger, base: Option<&Ledg
             if ledger
                 .ranks
                 .iter()
-                .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM) =>
+                .any(|rank| rank.throttled_ppm() >= HELD_BACK_PPM) =>
         {
             Some(|rank| rank.throttled_ns.unwrap_or(0))
         }

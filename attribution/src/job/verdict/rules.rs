@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::costs::{Cost, THROTTLED_PPM};
+use super::costs::{Cost, HELD_BACK_PPM};
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
 use crate::facts::PPM;
@@ -13,6 +13,8 @@ use crate::job::network::Pressure;
 const NOISY_PPM: u64 = 12_000;
 /// In a steady job this share of the usual threshold is enough, percent.
 const STEADY_PERCENT: u64 = 35;
+/// Part of a regime's steps that says enough of a fault, parts per million.
+const LEAST_ACTIVE_PPM: u64 = 250_000;
 /// However steady: least share of GPU time that is named, parts per million.
 const LEAST_PPM: u64 = 18_000;
 /// Launches per step above the healthy regime's by this much mean that there is more to launch, parts per million.
@@ -78,12 +80,31 @@ fn usual_ppm(cause: Cause, ledger: &Ledger, compared: bool, widespread: bool) ->
     }
 }
 
+/// The part of the steps in which the device said what the cause is, parts per million: a fault that began within a
+/// regime, too small to be cut out of it, is measured by its own steps.
+fn active_ppm(candidate: &Candidate, ledger: &Ledger) -> u64 {
+    let steps: fn(&RankLedger) -> u64 = match candidate.cause {
+        Cause::DeviceThermal => |rank| rank.hot_steps,
+        Cause::DevicePowerCap => |rank| rank.capped_steps,
+        Cause::DeviceContention => |rank| rank.shared_steps,
+        _ => return PPM,
+    };
+    let share = |rank: &RankLedger| mul_div(steps(rank), PPM, rank.steps);
+    ledger
+        .ranks
+        .iter()
+        .map(share)
+        .max()
+        .unwrap_or(PPM)
+        .max(LEAST_ACTIVE_PPM)
+}
+
 /// Whether a quota holds any rank back.
 fn throttled(ledger: &Ledger) -> bool {
     ledger
         .ranks
         .iter()
-        .any(|rank| rank.throttled_ppm() >= THROTTLED_PPM)
+        .any(|rank| rank.throttled_ppm() >= HELD_BACK_PPM)
 }
 
 /// A cost that is large enough, or the reason why it is none.
@@ -184,7 +205,7 @@ fn join_host(
 fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Option<String> {
     let (cause, total) = (candidate.cause, candidate.cost.total());
     let share = super::words::percent(ledger.share_ppm(total));
-    if ledger.share_ppm(total) < least_ppm(candidate, ledger) {
+    if mul_div(ledger.share_ppm(total), PPM, active_ppm(candidate, ledger)) < least_ppm(candidate, ledger) {
         return Some(format!(
             "costs {share} of GPU time, below {}",
             super::words::percent(least_ppm(candidate, ledger))

@@ -1,6 +1,6 @@
 //! How a verdict says what was seen, beside what a healthy job shows.
 
-use super::costs::THROTTLED_PPM;
+use super::costs::HELD_BACK_PPM;
 use super::rules::Candidate;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::GpuSubject;
@@ -222,7 +222,7 @@ fn cpu(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     seen.push(view.time("throttled by the CPU quota", |rank| {
         rank.throttled_ns.unwrap_or(0)
     }));
-    if view.ranks().any(|rank| rank.throttled_ppm() >= THROTTLED_PPM) {
+    if view.ranks().any(|rank| rank.throttled_ppm() >= HELD_BACK_PPM) {
         2
     } else {
         1
