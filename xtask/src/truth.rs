@@ -42,6 +42,10 @@ any confidence, that names another cause or place. *Leaf error* is the distance 
 of GPU time (points of MFU): its mean over the leaves of a job and the worst leaf, leaves that the tier does not measure \
 counted in the residual of their class. *Cost error* is that of the first verdict's cost. At the masked dose nothing \
 needs to be said; it must not be wrong.
+
+Scenarios 2, 9 and 14 rest on the state of links and on faults of the device, which the agent does not read from the \
+driver yet: on live nodes they are not named. Tier A, several communicators per rank and more than one job shape are not \
+in the matrix.
 ";
 const GENERATED: &str = "## Generated jobs";
 const LIVE: &str = "## Virtual nodes";
