@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use stallscope_e2e::{LoneAgent, Said, privileged, stallscope};
+use stallscope_e2e::{LoneAgent, Said, eventually, privileged, stallscope};
 
 fn ends_with(said: &Said, code: i32, words: &[&str]) -> Result<()> {
     let text = said.text.to_lowercase();
@@ -206,7 +206,13 @@ fn a_management_library_that_hangs_stops_nothing_else() -> Result<()> {
     agent.says(&["everything else begins"])?;
     let config = agent.home().join("stallscope.toml").display().to_string();
     ends_with(&stallscope(&["check", "--config", &config])?, 3, &["starts"])?;
-    agent.stops_cleanly()
+    agent.stops_cleanly()?;
+    let library = hanging.display().to_string();
+    eventually(Duration::from_secs(5), || {
+        let left = Command::new("pgrep").args(["-f", &library]).output()?;
+        ensure!(left.stdout.is_empty(), "a process of the agent is left");
+        Ok(())
+    })
 }
 
 /// Few files, and an unusable store: said, and the rest runs.

@@ -50,6 +50,11 @@ pub fn try_in_child(program: &Path, library: &str) -> Result<(), NvmlError> {
 
 /// The child's part: starts the library and says nothing.
 pub fn run(library: &str) {
+    // An agent that stops while the library hangs must leave nothing behind.
+    let with_parent = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    if with_parent.is_err() {
+        return;
+    }
     // What it answers is told by whoever starts it next.
     drop(start_library(library));
 }
