@@ -1,6 +1,7 @@
 //! Where a report comes from: the store on this node, the running agent, or a collector.
 
 mod collector;
+pub mod recordings;
 mod render;
 pub(crate) mod select;
 mod store;

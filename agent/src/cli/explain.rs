@@ -9,13 +9,15 @@ use stallscope_attribution::flops::{self, Shape};
 use stallscope_attribution::peaks::Precision;
 use stallscope_report::document::Document;
 
-use crate::answers::{self, Format};
+use crate::answers::{self, Format, recordings};
+use crate::record::Replay;
 use crate::sources::kineto;
 
 /// Arguments of `stallscope explain`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// PyTorch profiler traces (.json or .json.gz), one per rank of one job
+    /// PyTorch profiler traces (.json or .json.gz), one per rank of one job; or recordings of `stallscope record`,
+    /// one per node
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     #[command(flatten)]
@@ -143,6 +145,18 @@ pub(super) fn run(args: Args) -> ExitCode {
 }
 
 fn explain(files: &[PathBuf], known: &Known) -> Result<Document, String> {
+    let recordings = files.iter().filter(|file| Replay::is_one(file).unwrap_or(false));
+    match recordings.count() {
+        0 => explain_traces(files, known),
+        all if all == files.len() => recordings::document(files).map_err(|error| error.to_string()),
+        some => Err(format!(
+            "{some} of {} files are recordings of observations and the others are not; give files of one kind",
+            files.len()
+        )),
+    }
+}
+
+fn explain_traces(files: &[PathBuf], known: &Known) -> Result<Document, String> {
     let declared = known.declared(|name| std::env::var(name).ok())?;
     let read = |file: &PathBuf| match kineto::read_file(file) {
         Ok(trace) => Ok((file.display().to_string(), trace)),

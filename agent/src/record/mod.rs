@@ -27,6 +27,8 @@ const SCHEMA: u32 = 1;
 /// Observations in one frame: well below the frame's bound, also with long names.
 const FRAME_OBSERVATIONS: usize = 1_024;
 const READ_BYTES: usize = 64 << 10;
+/// How the reason begins why a recording of another version is refused.
+const OTHER_SCHEMA: &str = "schema";
 
 /// Why observations cannot be recorded or replayed.
 #[derive(Debug, thiserror::Error)]
@@ -125,9 +127,9 @@ impl Recorder {
 
 /// Reads a recording.
 #[derive(Debug)]
-pub struct Replay {
+pub struct Replay<R = BufReader<File>> {
     path: PathBuf,
-    file: BufReader<File>,
+    file: R,
     decoder: Decoder,
     buffer: Vec<u8>,
     node: String,
@@ -141,9 +143,31 @@ impl Replay {
     /// When it cannot be read or is none.
     pub fn open(path: &Path) -> Result<Self, RecordError> {
         let file = File::open(path).map_err(io_error("open", path))?;
+        Self::new(BufReader::new(file), path)
+    }
+
+    /// Whether the file begins as a recording does, of whatever schema.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn is_one(path: &Path) -> Result<bool, RecordError> {
+        match Self::open(path) {
+            Ok(_) => Ok(true),
+            Err(RecordError::NotARecording { why, .. }) => Ok(why.starts_with(OTHER_SCHEMA)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl<R: Read> Replay<R> {
+    /// Reads a recording that errors call `path`.
+    ///
+    /// # Errors
+    /// When it cannot be read or is none.
+    pub fn new(reader: R, path: &Path) -> Result<Self, RecordError> {
         let mut replay = Self {
             path: path.to_owned(),
-            file: BufReader::new(file),
+            file: reader,
             decoder: Decoder::default(),
             buffer: vec![0; READ_BYTES],
             node: String::new(),
@@ -160,7 +184,7 @@ impl Replay {
             .ok_or_else(|| none("no header"))?;
         if header.schema != SCHEMA {
             let why = format!(
-                "schema {}, known is {SCHEMA}: use the version that recorded it",
+                "{OTHER_SCHEMA} {}, known is {SCHEMA}: use the version that recorded it",
                 header.schema
             );
             return Err(none(&why));

@@ -14,7 +14,8 @@ use super::steps::{Calls, Region, StepFinder};
 use super::stream_order::StreamOrder;
 use super::workers::Workers;
 use crate::observation::{
-    Collective, CommCreated, CopyDirection, Fact, FileOp, ProcessFacts, SyncTarget, Thread,
+    Collective, CollectiveFunction, CommCreated, CopyDirection, Fact, FileOp, ProcessFacts, SyncTarget,
+    Thread,
 };
 
 /// How long after its end a window is assessed, ns of observed time: what lags (scheduler records of long sleeps,
@@ -77,6 +78,8 @@ pub(super) struct Process {
     pub(super) lost: VecDeque<(u64, u64)>,
     pub(super) next_index: u64,
     by_collectives: StepFinder,
+    /// A collective of a whole communicator was seen: sends and receives then do not tell steps.
+    joint_calls: bool,
     by_launches: StepFinder,
     launches_since_drain: u64,
     /// Streams of the collectives a thread called since its last `ncclGroupEnd`.
@@ -106,6 +109,7 @@ impl Process {
             lost: VecDeque::new(),
             next_index: 0,
             by_collectives: StepFinder::new(Calls::Collectives),
+            joint_calls: false,
             by_launches: StepFinder::new(Calls::Drains),
             launches_since_drain: 0,
             grouped: BTreeMap::new(),
@@ -365,6 +369,18 @@ impl Process {
         self.order.submit(collective.stream, tid, window);
         self.remember_group(tid, collective.stream);
         let token = self.marks.collective(collective, window);
+        let pairwise = matches!(
+            collective.function,
+            CollectiveFunction::Send | CollectiveFunction::Recv
+        );
+        if pairwise && self.joint_calls {
+            // Transfers between pipeline stages repeat with every micro-batch, not with the step.
+            return self.by_collectives.heard(window.start_ns());
+        }
+        if !pairwise && !self.joint_calls {
+            self.joint_calls = true;
+            self.by_collectives = StepFinder::new(Calls::Collectives);
+        }
         let mut regions = Vec::new();
         self.by_collectives.call(token, window.start_ns(), &mut regions);
         self.cut_regions(&regions, StepMethod::CollectivePeriod);

@@ -121,6 +121,11 @@ impl StepFinder {
         self.last_call_ns
     }
 
+    /// A call that tells nothing of steps was made.
+    pub(super) const fn heard(&mut self, at_ns: u64) {
+        self.last_call_ns = Some(at_ns);
+    }
+
     /// A batch was copied to the device.
     pub(super) const fn fed(&mut self) {
         self.fed = true;
