@@ -4,6 +4,7 @@ use stallscope::sources::kineto::{self, Trace, TraceError};
 use stallscope_attribution::activity;
 use stallscope_attribution::job::JobAnalysis;
 use stallscope_attribution::leaf::Leaf;
+use stallscope_report::document::Document;
 
 use super::path;
 
@@ -182,6 +183,89 @@ fn files_that_are_not_of_one_run_are_refused() {
     assert!(why(vec![named(1, 2), named(1, 2)]).contains("rank 1 is in both"));
     assert!(why(vec![named(0, 2), named(1, 4)]).contains("of 2 ranks"));
     assert!(why(vec![named(0, 2), plain]).contains("does not say its rank"));
+}
+
+#[test]
+fn events_that_overlap_are_counted_once() {
+    let other = kernel("12", "20", "").replace(r#""stream":7"#, r#""stream":8"#);
+    let analysis = explain(&whole(&[kernel("10", "10", ""), other, kernel("15", "3", "")]));
+    let total = &analysis.gpus[0].total;
+    assert_eq!(
+        (total.window_ns(), total.leaf_ns(Leaf::ComputeKernel)),
+        (22_000, 22_000)
+    );
+}
+
+#[test]
+fn a_trace_without_any_time_is_refused_by_name() {
+    let text = whole(&[
+        kernel("10", "0", ""),
+        kernel("10", "0", ""),
+        kernel("20", "0", ""),
+    ]);
+    assert!(matches!(read(&text), Err(TraceError::NoGpuTime { events: 3 })));
+}
+
+#[test]
+fn a_time_years_away_is_left_out_and_counted() {
+    let analysis = explain(&whole(&[
+        kernel("10", "5", ""),
+        kernel("20", "5", ""),
+        kernel("30", "5", ""),
+        kernel("9000000000000000", "5", ""),
+    ]));
+    assert_eq!(analysis.gpus[0].total.window_ns(), 25_000);
+    assert_eq!(said(&analysis, "days away"), 1);
+}
+
+/// One rank of a job whose steps end in a collective that all ranks leave together.
+fn rank(rank: u32, world: u32, late_us: u64, shift_us: u64) -> (String, Trace) {
+    let mut events = Vec::new();
+    for step in 0..2 {
+        let at = 1_000 + 1_000 * step + shift_us;
+        let compute = 500 + late_us;
+        events.push(kernel(&at.to_string(), &compute.to_string(), ""));
+        let reduce = kernel(&(at + compute).to_string(), &(900 - compute).to_string(), "");
+        events.push(reduce.replace("volta_sgemm_nn", "ncclDevKernel_AllReduce_Sum_f32_RING_LL"));
+    }
+    let events = events.join(",");
+    let info = format!(r#"{{"rank":{rank},"world_size":{world}}}"#);
+    let text = format!(r#"{{"distributedInfo":{info},"traceEvents":[{events}]}}"#);
+    (format!("rank{rank}"), read(&text).expect("trace"))
+}
+
+fn analyse(traces: Vec<(String, Trace)>) -> JobAnalysis {
+    let analysis = activity::analyse(kineto::job("job", traces).expect("job"));
+    Document::from(&analysis).check().expect("sums hold");
+    analysis
+}
+
+#[test]
+fn a_missing_rank_is_named() {
+    let analysis = analyse((0..7).map(|at| rank(at, 8, 0, 0)).collect());
+    said(&analysis, "7 of 8 ranks");
+}
+
+#[test]
+fn clocks_minutes_apart_are_named() {
+    let shifted = |at: u32| rank(at, 8, 0, if at == 3 { 600_000_000 } else { 0 });
+    let analysis = analyse((0..8).map(shifted).collect());
+    assert_eq!(said(&analysis, "rank 3 recorded at another time"), 1);
+    said(&analysis, "up to 600 s away");
+    let together = analyse((0..8).map(|at| rank(at, 8, 0, 0)).collect());
+    assert!(!together.gaps.iter().any(|gap| gap.what.contains("another time")));
+}
+
+#[test]
+fn ten_thousand_ranks_make_one_report() {
+    let late = |at: u32| rank(at, 10_000, if at == 77 { 200 } else { 0 }, 0);
+    let analysis = analyse((0..10_000).map(late).collect());
+    assert_eq!(analysis.gpus.len(), 10_000);
+    let culprits: Vec<_> = analysis.blame.iter().map(|blame| blame.place.rank).collect();
+    assert_eq!(culprits, [Some(77)]);
+    // What is the same in all ranks is said once.
+    assert!(analysis.gaps.len() < 10, "{:?}", analysis.gaps.len());
+    assert_eq!(said(&analysis, "ranks 0, 1, 2 and 9997 more"), 40_000);
 }
 
 /// Gives a trace of `left` more kernels without ever holding it.

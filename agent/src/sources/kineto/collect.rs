@@ -19,6 +19,8 @@ use super::{Trace, TraceError, host};
 /// Times from here on are of `CLOCK_REALTIME`: September 2001, ns.
 const REALTIME_FROM_NS: u64 = 1_000_000_000_000_000_000;
 
+/// Half of the longest trace: a week. No profiler runs so long, and sums over thousands of ranks stay exact.
+const LONGEST_NS: u64 = 7 * 24 * 3600 * 1_000_000_000 / 2;
 /// Names whose meaning is kept.
 const MOST_NAMES: usize = 1 << 16;
 
@@ -29,6 +31,7 @@ struct Losses {
     not_a_number: u64,
     negative: u64,
     overflow: u64,
+    far: u64,
     duplicates: u64,
     without_launch: u64,
 }
@@ -249,6 +252,12 @@ impl Collector {
                 lost,
             });
         }
+        self.leave_out_the_far();
+        if self.gpu.iter().all(|raw| raw.record.window.is_empty()) {
+            return Err(TraceError::NoGpuTime {
+                events: self.gpu.len() as u64,
+            });
+        }
         let start = self
             .gpu
             .iter()
@@ -280,6 +289,29 @@ impl Collector {
             events: self.events,
             bytes,
         })
+    }
+
+    /// Damaged times make years of idle time, whose sums over ranks no integer holds.
+    fn leave_out_the_far(&mut self) {
+        let mut starts: Vec<u64> = self.gpu.iter().map(|raw| raw.record.window.start_ns()).collect();
+        let middle = starts.len() / 2;
+        let (_, middle_ns, _) = starts.select_nth_unstable(middle);
+        let middle_ns = *middle_ns;
+        let is_near = |window: Window| {
+            window.start_ns().abs_diff(middle_ns) < LONGEST_NS
+                && window.end_ns().abs_diff(middle_ns) < LONGEST_NS
+        };
+        let count = |collector: &Self| collector.gpu.len() + collector.named.len() + collector.marks.len();
+        let before = count(self);
+        self.gpu.retain(|raw| is_near(raw.record.window));
+        self.named.retain(|range| is_near(range.window));
+        self.marks.retain(|(window, _)| is_near(*window));
+        self.losses.far += (before - count(self)) as u64;
+        for busy in self.busy.values_mut() {
+            busy.retain(|window| is_near(*window));
+        }
+        self.launches
+            .retain(|_, launched| launched.launch.at_ns.abs_diff(middle_ns) < LONGEST_NS);
     }
 
     fn devices(&mut self, header: &Header) -> Vec<Device> {
@@ -374,6 +406,10 @@ impl Collector {
             (
                 losses.overflow,
                 "events have a time beyond 64 bits of nanoseconds and were left out",
+            ),
+            (
+                losses.far,
+                "events have times days away from the others and were left out",
             ),
             (losses.duplicates, "GPU events appear twice and were counted once"),
             (

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use stallscope_attribution::activity::{Declared, TraceJob};
+use stallscope_attribution::activity::{Declared, RankTrace, TraceJob};
+use stallscope_attribution::facts::RecordGap;
 
 use super::Trace;
 
@@ -91,9 +92,14 @@ pub fn job(name: &str, traces: Vec<(String, Trace)>) -> Result<TraceJob, JobErro
             if gap.node.is_empty() {
                 UNNAMED.clone_into(&mut gap.node);
             }
-            gap.what = format!("rank {rank}: {}", gap.what);
         }
-        ranks.push(records);
+        ranks.push((rank, records));
+    }
+    let apart = apart(&ranks);
+    fold_gaps(&mut ranks);
+    let mut ranks: Vec<RankTrace> = ranks.into_iter().map(|(_, records)| records).collect();
+    if let Some(first) = ranks.first_mut() {
+        first.gaps.extend(apart);
     }
     Ok(TraceJob {
         job: name.to_owned(),
@@ -101,4 +107,68 @@ pub fn job(name: &str, traces: Vec<(String, Trace)>) -> Result<TraceJob, JobErro
         declared: Declared::default(),
         ranks,
     })
+}
+
+/// Says of what is missing in which ranks it is: once for all of them, as thousands of ranks tend to miss the same.
+fn fold_gaps(ranks: &mut [(u32, RankTrace)]) {
+    let mut folded: BTreeMap<(String, String), (Vec<u32>, u64)> = BTreeMap::new();
+    for (rank, records) in ranks.iter_mut() {
+        for gap in records.gaps.drain(..) {
+            let (of, count) = folded.entry((gap.node, gap.what)).or_default();
+            of.push(*rank);
+            *count += gap.count;
+        }
+    }
+    let Some((_, first)) = ranks.first_mut() else {
+        return;
+    };
+    first.gaps = folded
+        .into_iter()
+        .map(|((node, what), (of, count))| RecordGap {
+            node,
+            window: None,
+            what: format!("{}: {what}", names(&of)),
+            count,
+        })
+        .collect();
+}
+
+/// Ranks whose records lie at another time than most others': another run, or another clock.
+fn apart(ranks: &[(u32, RankTrace)]) -> Option<RecordGap> {
+    let windows = ranks.iter().filter_map(|(rank, records)| {
+        let records = || records.devices.iter().flat_map(|device| &device.records);
+        let start = records().map(|record| record.window.start_ns()).min()?;
+        let end = records().map(|record| record.window.end_ns()).max()?;
+        Some((*rank, start, end))
+    });
+    let mut windows: Vec<(u32, u64, u64)> = windows.collect();
+    windows.sort_unstable_by_key(|(_, start, _)| *start);
+    let (_, start, end) = *windows.get(windows.len() / 2)?;
+    windows.retain(|(_, other_start, other_end)| *other_start > end || *other_end < start);
+    let furthest = windows.iter().map(|(_, other, _)| other.abs_diff(start)).max()?;
+    let mut of: Vec<u32> = windows.iter().map(|(rank, ..)| *rank).collect();
+    of.sort_unstable();
+    let what = format!(
+        "{} recorded at another time than most ranks, up to {} s away: either of another run, or of a clock that is \
+         wrong; their waiting is only told where the ends of collectives align the clocks",
+        names(&of),
+        furthest / 1_000_000_000
+    );
+    Some(RecordGap {
+        node: UNNAMED.to_owned(),
+        window: None,
+        what,
+        count: of.len() as u64,
+    })
+}
+
+/// `rank 3`, or `ranks 3, 5, 8 and 12 more`.
+fn names(ranks: &[u32]) -> String {
+    let shown: Vec<String> = ranks.iter().take(3).map(u32::to_string).collect();
+    let (shown, more) = (shown.join(", "), ranks.len().saturating_sub(3));
+    match (ranks.len(), more) {
+        (1, _) => format!("rank {shown}"),
+        (_, 0) => format!("ranks {shown}"),
+        _ => format!("ranks {shown} and {more} more"),
+    }
 }

@@ -58,6 +58,12 @@ pub enum TraceError {
         /// What was lost, if anything.
         lost: String,
     },
+    /// There is nothing to divide.
+    #[error("none of its {events} GPU events takes any time; record more than the start of a step")]
+    NoGpuTime {
+        /// GPU events read.
+        events: u64,
+    },
 }
 
 /// What one file held.

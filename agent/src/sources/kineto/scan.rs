@@ -6,8 +6,10 @@ use super::TraceError;
 use super::event::{Event, Fields};
 use super::walk::Stop;
 
-/// Bytes read at once.
+/// Bytes read at once, when a text is long.
 const CHUNK: usize = 256 * 1024;
+/// And at first: a job of thousands of ranks has thousands of short ones.
+const FIRST_CHUNK: usize = 16 * 1024;
 /// Longest single event or top-level field that is read. Kineto's are below 100 KiB.
 pub(super) const LONGEST_VALUE: usize = 16 * 1024 * 1024;
 
@@ -15,6 +17,8 @@ pub(super) const LONGEST_VALUE: usize = 16 * 1024 * 1024;
 pub(super) struct Scanner<R> {
     reader: R,
     buffer: Vec<u8>,
+    /// Bytes to read next.
+    chunk: usize,
     at: usize,
     ended: bool,
     /// Why reading stopped before the end, when it did.
@@ -35,7 +39,8 @@ impl<R: Read> Scanner<R> {
     pub(super) fn new(reader: R) -> Self {
         Self {
             reader,
-            buffer: Vec::with_capacity(2 * CHUNK),
+            buffer: Vec::new(),
+            chunk: FIRST_CHUNK,
             at: 0,
             ended: false,
             broken: None,
@@ -163,7 +168,8 @@ impl<R: Read> Scanner<R> {
         self.at = 0;
         let kept = self.buffer.len();
         // As much again as is held: a long value is not walked anew for every chunk of it.
-        self.buffer.resize(kept + CHUNK.max(kept), 0);
+        self.buffer.resize(kept + self.chunk.max(kept), 0);
+        self.chunk = (2 * self.chunk).min(CHUNK);
         let got = loop {
             match self.reader.read(&mut self.buffer[kept..]) {
                 Ok(got) => break got,
