@@ -5,7 +5,9 @@
 
 mod holistic;
 mod hostile;
+mod mutation;
 mod oracle;
+mod straggler;
 
 use std::path::PathBuf;
 
