@@ -1,5 +1,6 @@
 //! Tasks around the product: setup, builds, the lab of virtual nodes, tests, packages.
 
+pub mod bench;
 pub mod bpf;
 pub mod build;
 pub mod ci;

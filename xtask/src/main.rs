@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::paths::Paths;
-use xtask::{bpf, ci, cost, demo, package, scenario, setup, testing, truth};
+use xtask::{bench, bpf, ci, cost, demo, package, scenario, setup, testing, truth};
 
 /// Tasks around stallscope
 #[derive(Debug, Parser)]
@@ -43,6 +43,8 @@ enum Task {
     Cost(cost::Args),
     /// Measure how right the verdicts are and write docs/truth.md
     Truth(truth::Args),
+    /// Measure how fast the product works off what it is given
+    Bench(bench::Args),
     /// Run every test, privileged ones included
     Test(testing::Args),
     /// Run the gates, then every test
@@ -84,6 +86,7 @@ fn run(task: Task) -> Result<()> {
         Task::Scenario(args) => scenario::run(&paths, &args),
         Task::Cost(args) => cost::run(&paths, &args),
         Task::Truth(args) => truth::run(&paths, &args),
+        Task::Bench(args) => bench::run(&paths, &args),
         Task::Test(args) => testing::run(&paths, args),
         Task::Ci => ci::run(&paths),
         Task::Package { test } => make_packages(&paths, test),
