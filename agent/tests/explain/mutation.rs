@@ -128,9 +128,8 @@ fn excerpt(name: &str) -> Vec<u8> {
     let file = std::fs::File::open(path(name)).expect("trace");
     MultiGzDecoder::new(file).read_to_string(&mut text).expect("text");
     let events: Vec<&str> = text.split(BETWEEN).collect();
-    let kernel =
-        |event: &&str| event.contains("\"cat\": \"kernel\"") || event.contains("\"cat\": \"Kernel\"");
-    let first = events.iter().position(|event| kernel(&event)).expect("a kernel");
+    let kernel = |event: &str| event.contains("\"cat\": \"kernel\"") || event.contains("\"cat\": \"Kernel\"");
+    let first = events.iter().position(|event| kernel(event)).expect("a kernel");
     let (operators, kernels) = (&events[..EVENTS.min(first)], &events[first..]);
     let [kernels, end] = [&kernels[..EVENTS], &kernels[kernels.len() - 2..]];
     [operators, kernels, end].concat().join(BETWEEN).into_bytes()
