@@ -379,7 +379,9 @@ impl Process {
         }
         if !pairwise && !self.joint_calls {
             self.joint_calls = true;
-            self.by_collectives = StepFinder::new(Calls::Collectives);
+            if self.by_collectives.last_call_ns().is_some() {
+                self.by_collectives = StepFinder::new(Calls::Collectives);
+            }
         }
         let mut regions = Vec::new();
         self.by_collectives.call(token, window.start_ns(), &mut regions);
