@@ -19,6 +19,8 @@ const LONGEST_WAIT: Duration = Duration::from_millis(250);
 const SHORTEST_WAIT: Duration = Duration::from_millis(5);
 /// What is due within this is waited for without looking at events: they would wake the thread one by one.
 const GATHERING: Duration = Duration::from_millis(100);
+/// Most libraries whose trouble is told; any user can map files that are called like a library.
+const MAX_TROUBLES: usize = 32;
 
 /// Finds processes.
 pub(super) struct Discover {
@@ -140,6 +142,9 @@ impl Discover {
     fn trouble(&mut self, library: &Library, why: Option<String>) {
         let before = self.troubles.clone();
         match why {
+            Some(_) if self.troubles.len() >= MAX_TROUBLES && !self.troubles.contains_key(&library.shown) => {
+                None
+            }
             Some(why) => self.troubles.insert(library.shown.clone(), why),
             None => self.troubles.remove(&library.shown),
         };

@@ -138,6 +138,8 @@ impl Tracer {
     /// # Errors
     /// It is not there, or nothing of it can be traced.
     pub fn attach(&mut self, kind: LibraryKind, path: &Path, pid: u32) -> Result<Attached> {
+        // As maps names it: without links.
+        let path = std::fs::canonicalize(path)?;
         let path = PathBuf::from(format!("/proc/{pid}/root")).join(path.strip_prefix("/")?);
         let metadata = std::fs::metadata(&path)?;
         let library = Library {

@@ -14,12 +14,15 @@ use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink,
 use aya::programs::{ProgramError, UProbe};
 
 use super::detach;
+use super::open::open_plain_file;
 use super::points::{Point, points};
 use super::symbols::{FirstInstruction, SymbolError, Symbols};
 use crate::sources::procs::{Library, LibraryId};
 
 /// Libraries whose symbols are remembered after release, for when another process maps them again.
 const REMEMBERED_LIBRARIES: usize = 64;
+/// Most libraries with probes at the same time: each takes some hundred descriptors, and a node has a few versions at most.
+const MAX_LIBRARIES: usize = 64;
 
 /// What became of a library.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +74,12 @@ pub enum AttachError {
         /// Why.
         source: SymbolError,
     },
+    /// As many are traced as may be.
+    #[error("{shown} is not traced: {MAX_LIBRARIES} other library files are already; its calls stay unseen")]
+    TooMany {
+        /// As the process names it.
+        shown: String,
+    },
     /// It has none of the functions, or none could be probed.
     #[error("{shown} cannot be traced: {why}; its calls stay unseen")]
     Nothing {
@@ -101,6 +110,8 @@ pub(super) struct Attachments {
     /// Still detaching; attached anew before it is over, every call would be seen twice.
     detaching: HashMap<LibraryId, JoinHandle<()>>,
     symbols: HashMap<FileIdentity, Symbols>,
+    /// Files that cannot be read as libraries: they are offered again every few seconds, and reading may take a second.
+    unreadable: HashMap<FileIdentity, SymbolError>,
 }
 
 /// A file's content, as far as its inode tells: a rewritten file has another time.
@@ -152,7 +163,8 @@ impl Attachments {
             pid: library.pid,
             source,
         };
-        let file = File::open(&library.path).map_err(open)?;
+        self.check_room(library)?;
+        let file = open_plain_file(&library.path, library.id.inode).map_err(open)?;
         let metadata = file.metadata().map_err(open)?;
         let identity = FileIdentity {
             device: metadata.dev(),
@@ -187,6 +199,17 @@ impl Attachments {
         Ok(attached)
     }
 
+    fn check_room(&mut self, library: &Library) -> Result<(), AttachError> {
+        self.detaching.retain(|_, detaching| !detaching.is_finished());
+        // What is still detaching holds its descriptors.
+        if self.attached.len() + self.detaching.len() >= MAX_LIBRARIES {
+            return Err(AttachError::TooMany {
+                shown: library.shown.clone(),
+            });
+        }
+        Ok(())
+    }
+
     /// The symbols of a file, read once: the tables of the large libraries take a tenth of a second.
     fn symbols(
         &mut self,
@@ -196,9 +219,16 @@ impl Attachments {
     ) -> Result<&Symbols, AttachError> {
         if !self.symbols.contains_key(&identity) {
             let wanted: Vec<_> = points(library.kind).iter().map(|point| point.symbol).collect();
-            let symbols = Symbols::read(file, &wanted).map_err(|source| AttachError::Symbols {
-                shown: library.shown.clone(),
-                source,
+            let read = match self.unreadable.get(&identity) {
+                Some(failure) => Err(failure.clone()),
+                None => Symbols::read(file, &wanted),
+            };
+            let symbols = read.map_err(|source| {
+                self.remember_failure(identity, &source);
+                AttachError::Symbols {
+                    shown: library.shown.clone(),
+                    source,
+                }
             })?;
             if self.symbols.len() >= REMEMBERED_LIBRARIES {
                 self.symbols.clear();
@@ -206,6 +236,17 @@ impl Attachments {
             self.symbols.insert(identity, symbols);
         }
         Ok(&self.symbols[&identity])
+    }
+
+    /// What is wrong with a file's content stays so until it is written again; a failed read may pass.
+    fn remember_failure(&mut self, identity: FileIdentity, failure: &SymbolError) {
+        if matches!(failure, SymbolError::Read(_)) {
+            return;
+        }
+        if self.unreadable.len() >= REMEMBERED_LIBRARIES {
+            self.unreadable.clear();
+        }
+        self.unreadable.insert(identity, failure.clone());
     }
 }
 
@@ -292,4 +333,70 @@ fn attach_program(
     };
     let id = program.attach(point, path, UProbeScope::AllProcesses)?;
     program.take_link(id)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::sources::procs::LibraryKind;
+
+    fn library(inode: u64) -> Library {
+        Library {
+            id: LibraryId { device: 1, inode },
+            kind: LibraryKind::Cuda,
+            path: PathBuf::from("/absent/libcuda.so.1"),
+            shown: "libcuda.so.1".to_owned(),
+            pid: 1,
+        }
+    }
+
+    /// The second time the file is given write-only: whoever reads it fails otherwise.
+    #[test]
+    fn a_file_that_is_no_library_is_read_once_until_it_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("libcuda.so.1");
+        std::fs::write(&path, "no library").unwrap();
+        let write_only = File::options().write(true).open(&path).unwrap();
+        let mut identity = FileIdentity {
+            device: 1,
+            inode: 1,
+            bytes: 10,
+            modified_s: 1,
+            modified_ns: 0,
+        };
+        let mut attachments = Attachments::default();
+        let mut why = |file: &File, identity| match attachments.symbols(file, identity, &library(1)) {
+            Err(AttachError::Symbols { source, .. }) => source,
+            other => panic!("{other:?}"),
+        };
+        // A read that fails is no fault of the content.
+        assert!(matches!(why(&write_only, identity), SymbolError::Read(_)));
+        assert!(matches!(
+            why(&File::open(&path).unwrap(), identity),
+            SymbolError::NotElf
+        ));
+        assert!(matches!(why(&write_only, identity), SymbolError::NotElf));
+        identity.modified_ns = 1;
+        assert!(matches!(why(&write_only, identity), SymbolError::Read(_)));
+    }
+
+    #[test]
+    fn no_library_is_attached_beyond_the_bound() {
+        let mut attachments = Attachments::default();
+        let still_detaching = Arc::new(Mutex::new(()));
+        let held = still_detaching.lock().unwrap();
+        for inode in 0..MAX_LIBRARIES as u64 {
+            attachments.check_room(&library(inode)).unwrap();
+            let gate = Arc::clone(&still_detaching);
+            let detaching = std::thread::spawn(move || drop(gate.lock()));
+            attachments.detaching.insert(library(inode).id, detaching);
+        }
+        let refused = attachments.check_room(&library(1_000));
+        assert!(matches!(refused, Err(AttachError::TooMany { .. })), "{refused:?}");
+        drop(held);
+    }
 }

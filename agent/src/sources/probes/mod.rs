@@ -20,12 +20,14 @@
 mod attach;
 mod decode;
 mod detach;
+mod elf;
 mod filter;
 mod format;
 mod health;
 #[cfg(feature = "bpf-log")]
 mod kernel_log;
 mod object;
+mod open;
 mod points;
 mod programs;
 mod rings;

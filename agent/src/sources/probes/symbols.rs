@@ -1,22 +1,19 @@
 //! Where functions lie in a library file.
 //!
-//! Library files come from processes that are traced, so they may be hostile or cut short: every size is bounded
-//! before anything is read, and every inconsistency is an error with a name.
+//! Library files come from processes that are traced, so they may be hostile or cut short: see [`super::elf`].
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
-use object::elf::{FileHeader64, PF_X, PT_LOAD, SHN_UNDEF, SHT_DYNSYM, SHT_SYMTAB, STT_FUNC, STT_GNU_IFUNC};
-use object::read::elf::{FileHeader as _, ProgramHeader as _, SectionHeader as _, Sym as _};
-use object::{Endianness, ReadCache, ReadRef};
+use object::elf::{SHT_DYNSYM, SHT_SYMTAB};
 
-/// Symbols that one table may hold; the largest library met (a static libtorch) holds under two million.
-const MAX_SYMBOLS: usize = 8 << 20;
-/// Bytes that the symbol and string tables of one file may take together.
-const MAX_TABLE_BYTES: u64 = 1 << 30;
+use super::elf::Elf;
+
 /// Bytes of machine code looked at to classify a first instruction.
-const FIRST_BYTES: u64 = 16;
+const FIRST_BYTES: usize = 16;
 
 /// What the kernel does when a probe on this instruction is hit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,42 +69,34 @@ pub struct Symbols {
 }
 
 /// Why a file cannot be searched.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum SymbolError {
     /// Reading failed.
     #[error("the file cannot be read: {0}")]
-    Read(#[from] io::Error),
+    Read(Arc<io::Error>),
     /// It is not a 64-bit ELF file of this byte order.
     #[error("it is not a 64-bit ELF library")]
     NotElf,
     /// A part of it contradicts another, or lies outside of the file.
     #[error("it is cut short or damaged: {0}")]
-    Damaged(object::read::Error),
+    Damaged(&'static str),
     /// It is for another CPU.
     #[error("it holds code for another CPU (ELF machine {0})")]
     OtherMachine(u16),
-    /// It has more symbols than any library.
-    #[error(
-        "its symbol tables are larger than any library's ({symbols} symbols, {bytes} bytes); it is left alone"
-    )]
+    /// It says that it has more than any library.
+    #[error("it claims {claimed} {what}, more than any library has (at most {most}); it is left alone")]
     TooLarge {
-        /// Symbols.
-        symbols: u64,
-        /// Bytes.
-        bytes: u64,
+        /// Of what, with its unit.
+        what: &'static str,
+        /// How many it says it has.
+        claimed: u64,
+        /// How many are taken.
+        most: u64,
     },
     /// It has no symbols at all.
     #[error("it has no symbol table; a stripped static library cannot be traced")]
     NoTable,
 }
-
-#[cfg(target_arch = "x86_64")]
-const MACHINE: u16 = object::elf::EM_X86_64;
-#[cfg(target_arch = "aarch64")]
-const MACHINE: u16 = object::elf::EM_AARCH64;
-
-type Elf = FileHeader64<Endianness>;
-type Segments<'data> = &'data [object::elf::ProgramHeader64<Endianness>];
 
 impl Symbols {
     /// Finds those of `wanted` that the file defines, in its dynamic symbols and, for those not there, in its full ones.
@@ -115,50 +104,29 @@ impl Symbols {
     /// # Errors
     /// See [`SymbolError`]; a name that is not there is no error.
     pub fn read(file: &File, wanted: &[&'static str]) -> Result<Self, SymbolError> {
-        file.metadata()?;
-        let cache = ReadCache::new(file);
-        Self::parse(&cache, wanted)
+        Self::parse(file, wanted)
     }
 
-    fn parse<'data, R: ReadRef<'data>>(data: R, wanted: &[&'static str]) -> Result<Self, SymbolError> {
-        let header = Elf::parse(data).map_err(|_| SymbolError::NotElf)?;
-        let endian = header.endian().map_err(|_| SymbolError::NotElf)?;
-        if !header.is_class_64() {
-            return Err(SymbolError::NotElf);
-        }
-        let machine = header.e_machine(endian);
-        if machine != MACHINE {
-            return Err(SymbolError::OtherMachine(machine));
-        }
-        let segments = header
-            .program_headers(endian, data)
-            .map_err(SymbolError::Damaged)?;
-        let sections = header.sections(endian, data).map_err(SymbolError::Damaged)?;
-        check_size(endian, sections.iter())?;
+    fn parse(file: &impl FileExt, wanted: &[&'static str]) -> Result<Self, SymbolError> {
+        let elf = Elf::open(file)?;
         let mut symbols = Self::default();
         let mut has_table = false;
         for kind in [SHT_DYNSYM, SHT_SYMTAB] {
             if symbols.found.len() == wanted.len() {
                 break;
             }
-            let table = sections
-                .symbols(endian, data, kind)
-                .map_err(SymbolError::Damaged)?;
+            let Some(table) = elf.table(kind)? else { continue };
             has_table |= !table.is_empty();
-            for symbol in table.iter() {
-                if !is_function(symbol.st_type()) || symbol.st_shndx(endian) == SHN_UNDEF {
-                    continue;
+            let places = elf.places(&table, wanted)?;
+            elf.functions(&table, |function| {
+                if let Some(&name) = places.get(&function.name)
+                    && !symbols.found.contains_key(name)
+                    && let Some((file_offset, code)) = elf.code_at::<FIRST_BYTES>(function.address)
+                {
+                    let first = classify(&code);
+                    symbols.found.insert(name, Symbol { file_offset, first });
                 }
-                let Ok(name) = table.symbol_name(endian, symbol) else {
-                    continue;
-                };
-                let Some(name) = wanted.iter().find(|wanted| wanted.as_bytes() == name) else {
-                    continue;
-                };
-                if let Some(found) = locate(endian, data, segments, symbol.st_value(endian)) {
-                    symbols.found.entry(name).or_insert(found);
-                }
-            }
+            })?;
         }
         if has_table {
             Ok(symbols)
@@ -186,54 +154,6 @@ impl Symbols {
     }
 }
 
-/// An indirect function's symbol is its resolver: a probe there would see nothing of the calls.
-fn is_function(kind: u8) -> bool {
-    kind == STT_FUNC && kind != STT_GNU_IFUNC
-}
-
-fn check_size<'a>(
-    endian: Endianness,
-    sections: impl Iterator<Item = &'a object::elf::SectionHeader64<Endianness>>,
-) -> Result<(), SymbolError> {
-    let (mut symbols, mut bytes) = (0u64, 0u64);
-    for section in sections {
-        let kind = section.sh_type(endian);
-        if kind == SHT_DYNSYM || kind == SHT_SYMTAB || kind == object::elf::SHT_STRTAB {
-            let size = section.sh_size(endian);
-            bytes = bytes.saturating_add(size);
-            if kind != object::elf::SHT_STRTAB {
-                symbols = symbols.saturating_add(size / 24);
-            }
-        }
-    }
-    if symbols > MAX_SYMBOLS as u64 || bytes > MAX_TABLE_BYTES {
-        return Err(SymbolError::TooLarge { symbols, bytes });
-    }
-    Ok(())
-}
-
-/// The file offset of an address, if an executable segment of the file holds it.
-fn locate<'data, R: ReadRef<'data>>(
-    endian: Endianness,
-    data: R,
-    segments: Segments<'_>,
-    address: u64,
-) -> Option<Symbol> {
-    let segment = segments.iter().find(|segment| {
-        segment.p_type(endian) == PT_LOAD
-            && segment.p_flags(endian) & PF_X != 0
-            && address
-                .checked_sub(segment.p_vaddr(endian))
-                .is_some_and(|inside| inside < segment.p_filesz(endian))
-    })?;
-    let file_offset = (address - segment.p_vaddr(endian)).checked_add(segment.p_offset(endian))?;
-    let code = data.read_bytes_at(file_offset, FIRST_BYTES).ok()?;
-    Some(Symbol {
-        file_offset,
-        first: classify(code),
-    })
-}
-
 #[cfg(target_arch = "x86_64")]
 fn classify(code: &[u8]) -> FirstInstruction {
     FirstInstruction::of_x86_64(code)
@@ -248,10 +168,14 @@ fn classify(_code: &[u8]) -> FirstInstruction {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
 
+    use std::cell::Cell;
     use std::io::Write as _;
+    use std::time::{Duration, Instant};
 
+    use object::elf::{PF_X, PT_LOAD};
     use proptest::prelude::*;
 
+    use super::super::elf::MACHINE;
     use super::*;
 
     const WANTED: &[&str] = &["ncclAllReduce", "ncclReduce", "absent"];
@@ -314,8 +238,42 @@ mod tests {
         file
     }
 
-    fn parse(file: &[u8]) -> Result<Symbols, SymbolError> {
-        Symbols::parse(file, WANTED)
+    /// A file in memory that knows the most bytes asked for at once.
+    struct Memory<'bytes> {
+        bytes: &'bytes [u8],
+        largest_read: Cell<usize>,
+    }
+
+    impl FileExt for Memory<'_> {
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+            self.largest_read.set(self.largest_read.get().max(buffer.len()));
+            let from = usize::try_from(offset).map_or(self.bytes.len(), |at| at.min(self.bytes.len()));
+            let count = buffer.len().min(self.bytes.len() - from);
+            buffer[..count].copy_from_slice(&self.bytes[from..from + count]);
+            Ok(count)
+        }
+
+        fn write_at(&self, _: &[u8], _: u64) -> io::Result<usize> {
+            Err(io::ErrorKind::ReadOnlyFilesystem.into())
+        }
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Symbols, SymbolError> {
+        let file = Memory {
+            bytes,
+            largest_read: Cell::new(0),
+        };
+        let symbols = Symbols::parse(&file, WANTED);
+        assert!(file.largest_read.get() <= 64 << 10, "a piece at a time");
+        symbols
+    }
+
+    /// As `library`, and sparse behind its tables, up to a length.
+    fn sparse(bytes: &[u8], length: u64) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file.set_len(length).unwrap();
+        file
     }
 
     #[test]
@@ -373,6 +331,66 @@ mod tests {
         let mut huge = library(ADDRESS, 1);
         huge[0x400 + 64 + 32..0x400 + 64 + 40].copy_from_slice(&(1u64 << 40).to_le_bytes());
         assert!(matches!(parse(&huge), Err(SymbolError::TooLarge { .. })));
+    }
+
+    /// The first section tells how many there are when the header says none.
+    #[test]
+    fn a_sparse_file_of_a_billion_sections_is_refused_before_they_are_read() {
+        let mut library = library(ADDRESS, 1);
+        library[60..62].fill(0);
+        library[0x400 + 32..0x400 + 40].copy_from_slice(&1_000_000_000u64.to_le_bytes());
+        let file = sparse(&library, 64_000_001_024);
+        let start = Instant::now();
+        let refused = Symbols::read(&file, WANTED);
+        assert!(
+            matches!(
+                refused,
+                Err(SymbolError::TooLarge {
+                    claimed: 1_000_000_000,
+                    ..
+                })
+            ),
+            "{refused:?}"
+        );
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn a_sparse_table_as_large_as_half_the_memory_allowed_is_refused() {
+        let mut library = library(ADDRESS, 1);
+        library[0x400 + 64 + 32..0x400 + 64 + 40].copy_from_slice(&(100u64 << 20).to_le_bytes());
+        let refused = Symbols::read(&sparse(&library, 1 << 30), WANTED);
+        assert!(
+            matches!(refused, Err(SymbolError::TooLarge { .. })),
+            "{refused:?}"
+        );
+    }
+
+    /// 60 MiB of names between the two that count: they are streamed, and the last one lies across two pieces.
+    #[test]
+    fn names_far_apart_are_found_a_piece_at_a_time() {
+        let mut library = library(ADDRESS, 1);
+        let (names_at, names_bytes) = (0x1000usize, 60usize << 20);
+        library.resize(names_at + names_bytes, b'x');
+        library[names_at] = 0;
+        library[names_at + 1..][..14].copy_from_slice(b"ncclAllReduce\0");
+        let across = (40 << 20) - 5;
+        library[names_at + across..][..11].copy_from_slice(b"ncclReduce\0");
+        library[0x400 + 128 + 24..][..8].copy_from_slice(&(names_at as u64).to_le_bytes());
+        library[0x400 + 128 + 32..][..8].copy_from_slice(&(names_bytes as u64).to_le_bytes());
+        library[0x300 + 48..][..4].copy_from_slice(&u32::try_from(across).unwrap().to_le_bytes());
+        let symbols = parse(&library).unwrap();
+        assert_eq!(symbols.get("ncclAllReduce").unwrap().file_offset, CODE_AT);
+        assert_eq!(symbols.get("ncclReduce").unwrap().file_offset, CODE_AT + 8);
+    }
+
+    #[test]
+    fn a_name_that_is_only_the_end_or_the_start_of_another_is_not_that_other() {
+        let whole = library(ADDRESS, 3);
+        assert_eq!(parse(&whole).unwrap().get("ncclAllReduce"), None);
+        let mut longer = library(ADDRESS, 1);
+        longer[0x380 + 14] = b'x';
+        assert_eq!(parse(&longer).unwrap().get("ncclAllReduce"), None);
     }
 
     #[test]
