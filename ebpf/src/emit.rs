@@ -45,11 +45,7 @@ pub(crate) fn emit<T>(ring: Ring, record: &T) {
     let then_unread = unread + RECORD_HEADER_BYTES + size_of::<T>() as u64;
     // Once, on the record that crosses the mark: a wake-up costs more than a record.
     let crosses = unread < WAKE_BYTES.get() && then_unread >= WAKE_BYTES.get();
-    let flags = if crosses {
-        FORCE_WAKEUP
-    } else {
-        NO_WAKEUP
-    };
+    let flags = if crosses { FORCE_WAKEUP } else { NO_WAKEUP };
     if buffer.output::<T>(record, flags).is_err()
         && let Some(drops) = DROPS.get_ptr_mut(ring as u32)
     {
