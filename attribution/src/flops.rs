@@ -192,7 +192,8 @@ mod tests {
         let per_device = all / 6144;
         assert_eq!(
             utilisation_ppm(per_device, 1_000_000_000, 275_000_000_000_000),
-            Some(461_990)
+            Some(461_993),
+            "(6 * 540e9 + 12 * 118 * 48 * 256 * 2048) * 238300 / (6144 * 275e12), by hand"
         );
         // The published pair tells the share of the forward pass that was repeated: 3 (57.8 / 46.2 - 1).
         let hardware = palm("0.7532").hardware_flops_per_step().expect("FLOPs");

@@ -268,6 +268,9 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
     }
 }
 
+/// A thread that wants a CPU for this share of its time runs on a host with too few, parts per million.
+const STARVED_PPM: u64 = 100_000;
+
 /// More bytes on the wire for the same payload than in the healthy regime, parts per million: another algorithm.
 const WASTEFUL_PPM: u64 = 1_150_000;
 
@@ -276,6 +279,10 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>) -> Pressure {
     let of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
     if matches!(of_ports, Pressure::Port(_)) {
         return of_ports;
+    }
+    // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network.
+    if of_ports == Pressure::Fabric && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice())) {
+        return Pressure::None;
     }
     let down = |ledger: &Ledger| {
         ledger
@@ -306,6 +313,15 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>) -> Pressure {
         return Pressure::Config;
     }
     of_ports
+}
+
+/// Whether the launching thread of any rank wants a CPU for much of its time, and more than in the healthy regime.
+fn is_starved(ranks: &[RankLedger], base: Option<&[RankLedger]>) -> bool {
+    let most = |ranks: &[RankLedger]| {
+        let wanted = ranks.iter().map(|rank| rank.share_ppm(rank.runnable_ns));
+        wanted.max().unwrap_or(0)
+    };
+    most(ranks) >= STARVED_PPM.max(base.map_or(0, most).saturating_mul(2))
 }
 
 /// What collectives inside a node take longer over the host's link than over the links that are down, per rank, ns;
@@ -484,5 +500,34 @@ fn shift(rank: &mut RankLedger, from: Leaf, to: Leaf, ns: i64) {
     for (leaf, ns) in [(to, ns), (from, -ns)] {
         rank.leaves[leaf.index()] += ns;
         rank.resplit[leaf.index()] += ns;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanting(share_ppm: u64) -> Vec<RankLedger> {
+        let rank = |runnable_ns| RankLedger {
+            window_ns: 1_000_000_000,
+            runnable_ns,
+            ..RankLedger::default()
+        };
+        vec![rank(0), rank(share_ppm * 1_000)]
+    }
+
+    #[test]
+    fn a_host_is_starved_when_its_threads_want_a_cpu_more_than_they_used_to() {
+        assert!(is_starved(&wanting(180_000), None));
+        assert!(is_starved(&wanting(180_000), Some(&wanting(33_000))));
+        assert!(
+            !is_starved(&wanting(50_000), Some(&wanting(10_000))),
+            "a busy host"
+        );
+        assert!(
+            !is_starved(&wanting(180_000), Some(&wanting(150_000))),
+            "as before"
+        );
+        assert!(!is_starved(&[], None));
     }
 }
