@@ -41,7 +41,7 @@ pub(super) struct RankLedger {
     pub(super) power_ns: u64,
     pub(super) temperature_c: u32,
     pub(super) foreign_ppm: u32,
-    pub(super) foreign_processes: u32,
+    pub(super) foreign_processes: Option<u32>,
     pub(super) foreign_pid: u32,
     /// What the host's link moves of its best at least, parts per million.
     pub(super) pcie_ppm: Option<u64>,
@@ -144,7 +144,8 @@ impl RankLedger {
                 .map(|load| load.sm_ppm * load.processes.min(1))
                 .collect(),
         );
-        self.foreign_processes = median(foreign.iter().map(|load| load.processes).collect());
+        self.foreign_processes =
+            (!foreign.is_empty()).then(|| median(foreign.iter().map(|load| load.processes).collect()));
         self.foreign_pid = foreign
             .iter()
             .rev()

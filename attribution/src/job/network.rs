@@ -15,6 +15,8 @@ const HELD_PPM: u64 = 250_000;
 const STANDS_OUT: u64 = 2;
 /// Flows that had data to send for this share of the time kept the fabric busy, parts per million.
 const BUSY_PPM: u64 = 350_000;
+/// A port on which flows of the job had data to send for less than this is none of the job's, parts per million.
+const USED_PPM: u64 = 10_000;
 /// A line at this share of the others' was negotiated down, percent.
 const SLOWER_LINE_PERCENT: u64 = 60;
 /// Round trips this many hundredths of the smallest show queues on the way.
@@ -109,7 +111,8 @@ pub(super) enum Pressure {
     None,
 }
 
-/// The ports' loads within a stretch of `CLOCK_REALTIME`: windows count where their middle lies in it.
+/// The loads, within a stretch of `CLOCK_REALTIME`, of the ports that the job's flows use: windows count where their
+/// middle lies in it. What a node's other ports do, one for its management or its backup, is not the job's.
 pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
     let mut loads: Vec<PortLoad> = Vec::new();
     for facts in ports {
@@ -131,6 +134,7 @@ pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
         });
         loads[at].add(facts);
     }
+    loads.retain(|load| load.busy_ppm() >= USED_PPM);
     loads.sort_by(|a, b| (&a.node, &a.port).cmp(&(&b.node, &b.port)));
     loads
 }
@@ -217,6 +221,8 @@ fn standing_out(loads: &[PortLoad], values: &[u64], least: u64) -> Option<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::facts::FlowFacts;
+    use crate::reading::Reading;
 
     fn load(node: &str, held: u64, busy_ppm: u64, backlog_bytes: u64) -> PortLoad {
         PortLoad {
@@ -229,6 +235,40 @@ mod tests {
             window_ns: 1_000_000_000,
             ..PortLoad::default()
         }
+    }
+
+    #[test]
+    fn ports_without_flows_of_the_job_are_left_out() {
+        let facts = |port: &str, busy_ns, backlog| PortFacts {
+            node: "a".into(),
+            port: port.into(),
+            window: Window::new(0, 1_000_000_000).expect("a window"),
+            realtime_offset_ns: 0,
+            sent_bytes: 1,
+            received_bytes: 1,
+            line_bytes_per_s: Reading::Value(125_000_000),
+            backlog_bytes: Reading::Value(backlog),
+            queue_overlimits: Reading::Value(0),
+            flows: vec![FlowFacts {
+                pid: 1,
+                local: "10.0.0.1:1".into(),
+                peer: "10.0.0.2:1".into(),
+                acked_bytes: 1,
+                busy_ns,
+                receiver_limited_ns: 0,
+                unsent_bytes: 0,
+                retransmits: 0,
+                rtt_us: 50,
+                min_rtt_us: 50,
+            }],
+        };
+        let all = [facts("eth0", 90_000_000, 0), facts("eth1", 1_000_000, 300_000)];
+        let within = Window::new(0, 2_000_000_000).expect("a window");
+        let used = loads(&all, within);
+        assert_eq!(
+            used.iter().map(|load| load.port.as_str()).collect::<Vec<_>>(),
+            ["eth0"]
+        );
     }
 
     #[test]

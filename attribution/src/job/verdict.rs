@@ -139,19 +139,23 @@ fn verdict(
 fn healthy(view: &View<'_>) -> Vec<RuledOut> {
     let ranks = || view.ledger.ranks.iter();
     let mut out = Vec::new();
-    let slow_clock = ranks().any(|rank| {
-        rank.sm_mhz
-            .zip(rank.reference_mhz)
-            .is_some_and(|(mhz, reference)| mhz * 100 < u64::from(reference) * 97)
-    });
-    if !slow_clock && let Some(mhz) = ranks().filter_map(|rank| rank.sm_mhz).min() {
+    // Only what every rank's device told is ruled out for the job.
+    let clocks: Option<Vec<_>> = ranks()
+        .map(|rank| rank.sm_mhz.zip(rank.reference_mhz.map(u64::from)))
+        .collect();
+    let held = clocks
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(mhz, reference)| (mhz, mhz * 100 < reference * 97));
+    let lowest = held.min_by_key(|(mhz, slow)| (!slow, *mhz));
+    if let Some((mhz, false)) = lowest {
         let why = format!("the lowest SM clock of any rank is {mhz} MHz, not below its reference");
         out.push(RuledOut {
             cause: Cause::DeviceThermal,
             why,
         });
     }
-    if ranks().all(|rank| rank.foreign_processes == 0) {
+    if ranks().all(|rank| rank.foreign_processes == Some(0)) {
         out.push(RuledOut {
             cause: Cause::DeviceContention,
             why: "no other process uses any GPU of the job".into(),

@@ -2,6 +2,7 @@
 
 use crate::generator::{Fault, LEAN, Scenario, make};
 use stallscope_attribution::cause::Cause;
+use stallscope_attribution::facts::JobFacts;
 use stallscope_attribution::job::{JobAnalysis, Verdict, analyse};
 use stallscope_attribution::leaf::Leaf;
 
@@ -330,4 +331,21 @@ fn the_waterfall_is_near_the_truth() {
     let mfu = analysis.mfu_ppm.unwrap_or(0);
     assert!((340_000..400_000).contains(&mfu), "{mfu}");
     assert!(analysis.mfu_declared);
+}
+
+/// A sentence for a payer: what one device did not tell is not ruled out for the job.
+#[test]
+fn what_was_not_measured_is_not_ruled_out() {
+    let clocks_are_cleared = |facts: &JobFacts| {
+        let verdict = analyse(facts).verdicts.remove(0);
+        assert_eq!(verdict.cause, Cause::DataLoader);
+        let claim = "not below its reference";
+        verdict.ruled_out.iter().any(|out| out.why.contains(claim))
+    };
+    let mut facts = make(&Scenario::new(Fault::LoaderCpu)).facts;
+    assert!(clocks_are_cleared(&facts));
+    for step in &mut facts.gpus[1].steps {
+        step.signals.reference_sm_mhz = None;
+    }
+    assert!(!clocks_are_cleared(&facts));
 }
