@@ -43,6 +43,13 @@ pub enum Fact {
     },
     /// A collective, send or receive was called. The window is the call: enqueueing, not completion.
     Collective(Collective),
+    /// What the network steps of one of NCCL's proxy threads waited for in the window.
+    StepWaits {
+        /// Process and thread.
+        thread: Thread,
+        /// By what they waited for.
+        waits: Box<StepWaits>,
+    },
     /// `ncclGroupStart` .. `ncclGroupEnd`. The window is the `ncclGroupEnd` call, where the real enqueue happens.
     GroupEnd {
         /// Process and thread.
@@ -233,14 +240,55 @@ pub struct CommCreated {
     pub thread: Thread,
     /// The `ncclComm_t` that came out.
     pub comm: u64,
-    /// A key equal on all ranks (hash of the unique id), when known.
+    /// A key equal on all ranks, when known.
     pub key: Option<u64>,
+    /// Whether the key is the hash by which NCCL itself names the communicator: `commId` in its log and profiler, `hash` in
+    /// RAS. Else it is a hash of our own, for want of the library's version.
+    pub is_nccl_hash: bool,
     /// This process's rank in it.
     pub rank: Option<u32>,
     /// Ranks in it.
     pub ranks: Option<u32>,
+    /// CUDA ordinal of its device.
+    pub device: Option<u32>,
     /// NCCL's result code.
     pub result: i32,
+    /// It was not seen being made, but found in use: it is older than the agent, and how many calls it has had is unknown.
+    pub found_in_use: bool,
+}
+
+/// What the network steps of one thread waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepWaits {
+    /// Sending: for the GPU to produce the data.
+    pub send_gpu: StepWait,
+    /// Sending: for the receiver's credit; `None` where this NCCL does not tell it from waiting for the GPU.
+    pub send_credit: Option<StepWait>,
+    /// Sending: for the network.
+    pub send_wire: StepWait,
+    /// Receiving: for the data to arrive, because of the network or a late sender.
+    pub receive_wire: StepWait,
+    /// Receiving: for the data to be flushed to the GPU's memory.
+    pub receive_flush: StepWait,
+    /// Receiving: for the GPU to consume the data.
+    pub receive_gpu: StepWait,
+    /// Steps sent.
+    pub sent: u64,
+    /// Steps received.
+    pub received: u64,
+    /// Changes to a state without a known meaning.
+    pub unknown: u64,
+}
+
+/// One wait in a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepWait {
+    /// Time of all steps in it, summed, ns: more than the window when many waited at a time.
+    pub steps_ns: u64,
+    /// Time in which at least one step was in it, ns.
+    pub any_ns: u64,
+    /// Steps that entered it.
+    pub entered: u64,
 }
 
 /// A collective, send or receive.

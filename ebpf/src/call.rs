@@ -1,6 +1,6 @@
 //! How a traced call carries its arguments, on each CPU architecture.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     EbpfContext,
@@ -66,6 +66,23 @@ mod arch {
         }
     }
 
+    /// One of the first five arguments, which are in registers on every ABI. Volatile, because the verifier takes no address
+    /// in the context that was computed.
+    #[inline(always)]
+    pub(crate) fn register_argument<const INDEX: usize>(ctx: &ProbeContext) -> u64 {
+        let regs = ctx.regs;
+        // SAFETY: the kernel passes valid registers.
+        unsafe {
+            match INDEX {
+                0 => ptr::read_volatile(&raw const (*regs).rdi),
+                1 => ptr::read_volatile(&raw const (*regs).rsi),
+                2 => ptr::read_volatile(&raw const (*regs).rdx),
+                3 => ptr::read_volatile(&raw const (*regs).rcx),
+                _ => ptr::read_volatile(&raw const (*regs).r8),
+            }
+        }
+    }
+
     #[inline(always)]
     pub(crate) fn stack_argument(ctx: &ProbeContext, index: usize) -> Option<u64> {
         read_user(stack_pointer(ctx) + STACK_ARGUMENTS + 8 * (index - REGISTERS) as u64)
@@ -120,6 +137,12 @@ mod arch {
     }
 
     #[inline(always)]
+    pub(crate) fn register_argument<const INDEX: usize>(ctx: &ProbeContext) -> u64 {
+        // SAFETY: the reference is valid.
+        unsafe { ptr::read_volatile(&raw const regs(ctx.as_ptr()).regs[INDEX]) }
+    }
+
+    #[inline(always)]
     pub(crate) fn stack_argument(ctx: &ProbeContext, index: usize) -> Option<u64> {
         read_user(stack_pointer(ctx) + 8 * (index - REGISTERS) as u64)
     }
@@ -145,4 +168,6 @@ mod arch {
     }
 }
 
-pub(crate) use arch::{after_id, arguments, by_value_id, entry_stack_pointer, stack_argument, stack_pointer};
+pub(crate) use arch::{
+    after_id, arguments, by_value_id, entry_stack_pointer, register_argument, stack_argument, stack_pointer,
+};

@@ -12,6 +12,8 @@ mod emit;
 mod filter;
 mod hints;
 mod nccl;
+mod nccl_comms;
+mod nccl_waits;
 mod procs;
 mod sched;
 mod settings;

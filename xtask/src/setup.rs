@@ -8,7 +8,7 @@ mod venv;
 mod wheels;
 
 pub use venv::python;
-pub use wheels::nccl_library;
+pub use wheels::{nccl_libraries, nccl_library};
 
 use std::fs::File;
 use std::process::Command;

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::observation::{
     Collective, CollectiveFunction, CopyDirection, Fact, FileOp, GpuReading, OffCpuReason, ProcessRole,
-    SyncTarget,
+    StepWait, StepWaits, SyncTarget,
 };
 use crate::timeline::synthetic::{HELPER, LOADER, MAIN, MS, PROCESS, Script, process, reading, window};
 
@@ -24,6 +24,12 @@ fn every_fact() -> Vec<Fact> {
             comm: u64::MAX,
         },
         Fact::GroupEnd { thread: MAIN },
+        step_waits(None),
+        step_waits(Some(StepWait {
+            steps_ns: 1 << 50,
+            any_ns: 8,
+            entered: 9,
+        })),
         Fact::LaunchRun {
             thread: MAIN,
             stream: 0,
@@ -183,6 +189,29 @@ fn record(path: &Path, batches: &[&[Observation]]) {
     let mut recorder = Recorder::create(path, "node-a").unwrap();
     batches.iter().for_each(|batch| recorder.write(batch).unwrap());
     recorder.finish().unwrap();
+}
+
+/// Every number is another.
+fn step_waits(send_credit: Option<StepWait>) -> Fact {
+    let wait = |first| StepWait {
+        steps_ns: first,
+        any_ns: first + 1,
+        entered: first + 2,
+    };
+    Fact::StepWaits {
+        thread: MAIN,
+        waits: Box::new(StepWaits {
+            send_gpu: wait(10),
+            send_credit,
+            send_wire: wait(20),
+            receive_wire: wait(30),
+            receive_flush: wait(40),
+            receive_gpu: wait(50),
+            sent: 60,
+            received: 61,
+            unknown: 62,
+        }),
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use stallscope_attribution::time::Window;
 
 use super::shared::{Keys, Shared};
 use super::status::Condition;
-use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey};
+use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, Thread};
 use crate::sources::probes::Probes;
 use crate::sources::procs::{Action, Discovery, Library, ProcessEvent};
 
@@ -70,7 +70,27 @@ impl Discover {
             for action in self.discovery.poll(now_ns) {
                 self.apply(action);
             }
+            self.poll_waits();
             self.forget_the_gone(super::now_ns());
+        }
+    }
+
+    /// Tells what the network steps of known processes waited for.
+    fn poll_waits(&mut self) {
+        let Some(probes) = &mut self.probes else { return };
+        let told = probes.poll_waits(super::now_ns());
+        for given in told {
+            let Some(process) = self.keys.get(&given.tgid).copied() else {
+                continue;
+            };
+            let fact = Fact::StepWaits {
+                thread: Thread {
+                    process,
+                    tid: given.tid,
+                },
+                waits: Box::new(given.waits),
+            };
+            self.tell_in(given.window, fact);
         }
     }
 
@@ -115,7 +135,11 @@ impl Discover {
         let Some(probes) = &mut self.probes else { return };
         match probes.attach_library(library) {
             Ok(attached) => {
-                tracing::info!(library = library.shown, functions = attached.functions, took = ?attached.took, "attached");
+                let version = attached.version.map(|version| version.to_string());
+                tracing::info!(library = library.shown, version, functions = attached.functions, took = ?attached.took, "attached");
+                if let Some(Err(why)) = &attached.waits {
+                    tracing::info!(library = library.shown, %why, "no wait states");
+                }
                 let failed: Vec<String> = attached
                     .failed
                     .iter()
@@ -192,10 +216,11 @@ impl Discover {
     }
 
     fn tell(&self, fact: Fact) {
-        let observation = Observation {
-            window: Window::instant(super::now_ns()),
-            fact,
-        };
+        self.tell_in(Window::instant(super::now_ns()), fact);
+    }
+
+    fn tell_in(&self, window: Window, fact: Fact) {
+        let observation = Observation { window, fact };
         // The gathering thread takes these every time it runs; it is gone only when the agent stops.
         if self.facts.send(observation).is_err() {
             tracing::debug!("facts about processes find no reader: the agent stops");

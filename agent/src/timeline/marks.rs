@@ -65,9 +65,16 @@ impl Marks {
         self.epoch += 1;
     }
 
-    /// A communicator was made.
+    /// A communicator was made, or found in use. The calls of one that is older than the agent are not numbered as on the
+    /// other ranks, so it is never joined with theirs, though its name is known.
     pub(super) fn created(&mut self, pid: u32, created: &CommCreated) {
         if created.result != 0 {
+            return;
+        }
+        if let Some(known) = self.communicators.get_mut(&created.comm)
+            && (created.found_in_use || Some(known.key) == created.key)
+        {
+            known.ranks = created.ranks.unwrap_or(known.ranks);
             return;
         }
         let ordinal = self.communicators_seen;
@@ -75,7 +82,10 @@ impl Marks {
         self.remember(
             created.comm,
             Communicator {
-                key: created.key.unwrap_or_else(|| local_key(pid, created.comm)),
+                key: created
+                    .key
+                    .filter(|_| !created.found_in_use)
+                    .unwrap_or_else(|| local_key(pid, created.comm)),
                 ranks: created.ranks.unwrap_or(0),
                 ordinal,
                 sequence: 0,

@@ -442,6 +442,7 @@ fn process_of(fact: &Fact) -> Option<ProcessKey> {
         Fact::Collective(collective) => &collective.thread,
         Fact::CommDestroyed { thread, .. }
         | Fact::GroupEnd { thread }
+        | Fact::StepWaits { thread, .. }
         | Fact::LaunchRun { thread, .. }
         | Fact::Sync { thread, .. }
         | Fact::EventRecord { thread, .. }

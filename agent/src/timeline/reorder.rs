@@ -84,6 +84,7 @@ fn key(observation: &Observation) -> Key {
         Fact::Block { process, bytes, .. } => (12, u64::from(process.pid), *bytes),
         Fact::ThreadCpu { thread, cpu_ns } => (11, thread_id(thread), *cpu_ns),
         Fact::FileIoFolded { process, bytes, .. } => (12, u64::from(process.pid), *bytes ^ (1 << 63)),
+        Fact::StepWaits { thread, .. } => (12, thread_id(thread), 1 << 62),
         Fact::Gpu(reading) => (13, u64::from(reading.gpu), 0),
         Fact::Port(_) => (14, 0, 0),
         Fact::CpuQuota { process, .. } => (15, u64::from(process.pid), 0),

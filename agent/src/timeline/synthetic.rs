@@ -180,9 +180,12 @@ impl Script {
                 thread: MAIN,
                 comm: 0xc0,
                 key: Some(key),
+                is_nccl_hash: true,
                 rank: Some(3),
                 ranks: Some(8),
+                device: None,
                 result: 0,
+                found_in_use: false,
             }),
         );
     }

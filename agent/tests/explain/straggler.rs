@@ -236,6 +236,9 @@ impl Worker {
                 rank: u32::try_from(rank).ok(),
                 ranks: Some(ranks),
                 result: 0,
+                is_nccl_hash: false,
+                device: None,
+                found_in_use: false,
             });
             observation(MS, 2 * MS, fact)
         };

@@ -63,6 +63,28 @@ impl Function {
     }
 }
 
+/// What the programs on a constructor are told.
+///
+/// Cookie: function in bits 0..32, then the version code of the library, 0 when it is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConstructorShape {
+    /// Which function.
+    pub function: Function,
+    /// As the library's `ncclGetVersion` gives it.
+    pub version: u32,
+}
+
+impl ConstructorShape {
+    /// First bit of the version.
+    pub const VERSION: u32 = 32;
+
+    /// The cookie.
+    #[must_use]
+    pub const fn cookie(self) -> u64 {
+        self.function as u64 | (self.version as u64) << Self::VERSION
+    }
+}
+
 /// What a blocking synchronisation waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -126,7 +148,8 @@ const fn nibble(index: u64, at: u32) -> u64 {
 
 /// Where a data-moving NCCL call carries its arguments.
 ///
-/// Cookie: function in bits 0..8, then one nibble each for count, datatype, peer, communicator and stream.
+/// Cookie: function in bits 0..8, then one nibble each for count, datatype, peer, communicator and stream; from bit 32 on
+/// the offset of the rank in the library's communicators, 0 when it is not known ([`CallShape::with_rank_offset`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CallShape {
     /// Which function (numbers below 256).
@@ -154,6 +177,14 @@ impl CallShape {
     pub const COMM: u32 = 20;
     /// See [`Self::COUNT`].
     pub const STREAM: u32 = 24;
+    /// First bit of the rank's offset.
+    pub const RANK_OFFSET: u32 = 32;
+
+    /// A cookie with the offset of the rank in a communicator, bytes.
+    #[must_use]
+    pub const fn with_rank_offset(cookie: u64, rank_offset: u32) -> u64 {
+        cookie | (rank_offset as u64) << Self::RANK_OFFSET
+    }
 
     /// The cookie.
     #[must_use]

@@ -10,6 +10,7 @@ mod layout;
 pub mod abi;
 pub mod fold;
 pub mod record;
+pub mod waits;
 
 pub use layout::Field;
 pub use record::{Head, Kind};

@@ -14,6 +14,8 @@ pub enum Kind {
     Teardown = 3,
     /// [`Bare`]: the outermost `ncclGroupEnd`.
     GroupEnd = 4,
+    /// [`CommSeen`].
+    CommSeen = 5,
     /// [`Sync`].
     Sync = 10,
     /// [`Copy`](struct@Copy).
@@ -47,6 +49,7 @@ impl Kind {
             2 => Self::Constructor,
             3 => Self::Teardown,
             4 => Self::GroupEnd,
+            5 => Self::CommSeen,
             10 => Self::Sync,
             11 => Self::Copy,
             12 => Self::EventRecord,
@@ -79,6 +82,8 @@ pub mod flag {
     pub const UNREADABLE: u16 = 32;
     /// The copy goes through a stream and returns before it is done.
     pub const ASYNC: u16 = 64;
+    /// The caller named the device.
+    pub const DEVICE: u16 = 128;
 }
 
 record! {
@@ -141,7 +146,7 @@ record! {
 
 record! {
     /// A call that makes a communicator. `ncclCommInitAll` gives one record per device.
-    pub struct Constructor: 192 {
+    pub struct Constructor: 200 {
         /// Head.
         pub head: Head = 0,
         /// The `ncclComm_t` that came out; 0 when none did.
@@ -158,6 +163,10 @@ record! {
         pub color: i32 = 60,
         /// The unique id, when [`flag::ID`] is set.
         pub id: [u8; 128] = 64,
+        /// The library's version code as in its `ncclGetVersion`; 0 when the agent could not read it.
+        pub version: u32 = 192,
+        /// CUDA ordinal of the device, when [`flag::DEVICE`] is set.
+        pub device: i32 = 196,
     }
 }
 
@@ -172,6 +181,28 @@ record! {
         pub function: u32 = 40,
         /// Zero.
         pub reserved: u32 = 44,
+    }
+}
+
+record! {
+    /// What the library wrote into a communicator, read at the first call that used it.
+    pub struct CommSeen: 72 {
+        /// Head.
+        pub head: Head = 0,
+        /// The `ncclComm_t`.
+        pub comm: u64 = 32,
+        /// Its first word; the library marks what is a communicator.
+        pub magic: u64 = 40,
+        /// Its hash.
+        pub hash: u64 = 48,
+        /// Rank.
+        pub rank: i32 = 56,
+        /// Ranks.
+        pub ranks: i32 = 60,
+        /// CUDA ordinal of its device.
+        pub device: i32 = 64,
+        /// Zero.
+        pub reserved: u32 = 68,
     }
 }
 

@@ -54,14 +54,31 @@ impl Puppet {
         Ok(line.trim_end().to_owned())
     }
 
+    /// Tells it a word.
+    ///
+    /// # Errors
+    /// It ended.
+    pub fn tell(&mut self, word: &str) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().context("its input was closed")?;
+        writeln!(stdin, "{word}")?;
+        Ok(stdin.flush()?)
+    }
+
+    /// Tells it a word and reads its answer.
+    ///
+    /// # Errors
+    /// It ended.
+    pub fn asked(&mut self, word: &str) -> Result<String> {
+        self.tell(word)?;
+        self.line()
+    }
+
     /// Lets it go on.
     ///
     /// # Errors
     /// It ended.
     pub fn go(&mut self) -> Result<()> {
-        let stdin = self.child.stdin.as_mut().context("its input was closed")?;
-        stdin.write_all(b"go\n")?;
-        Ok(stdin.flush()?)
+        self.tell("go")
     }
 
     /// Waits for its end.

@@ -1,63 +1,89 @@
-//! The probes on the real NCCL of the Python wheel, in a live process: every argument is decoded exactly.
+//! The probes on the real NCCLs of the Python wheels, in live processes.
 
-use std::path::PathBuf;
-use std::process::Command;
+mod real {
+    pub(crate) mod calls;
+    pub(crate) mod waits;
+}
+
+use real::{calls, waits};
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use stallscope::observation::{Collective, CollectiveFunction as Function, CommCreated, Fact, Thread};
-use stallscope::sources::probes::{Outcome, ProbesConfig};
+use stallscope::observation::{Collective, Fact, Thread};
+use stallscope::sources::probes::nccl::NcclVersion;
+use stallscope::sources::probes::{Attached, Outcome, ProbesConfig};
 use stallscope::sources::procs::LibraryKind;
 use stallscope_e2e::privileged;
 use stallscope_e2e::tracer::{Puppet, Tracer};
 
-/// The library, or why there is none.
-fn library(test: &str) -> Option<PathBuf> {
-    let library = std::env::var_os("STALLSCOPE_REAL_NCCL").map(PathBuf::from);
-    match library {
-        Some(library) if library.exists() => Some(library),
-        _ => {
-            println!(
-                "skipped: {test}: there is no real NCCL; `cargo xtask setup` fetches it and STALLSCOPE_REAL_NCCL names it"
-            );
-            None
-        }
-    }
+/// A real library and what is expected of it.
+struct Real {
+    version: NcclVersion,
+    library: PathBuf,
 }
 
-fn start(library: &PathBuf) -> Result<(Puppet, Tracer, Thread)> {
+/// Every library, or `None` and the reason said.
+fn libraries(test: &str) -> Option<Vec<Real>> {
+    if !privileged(test) {
+        return None;
+    }
+    let named = std::env::var_os("STALLSCOPE_REAL_NCCLS").unwrap_or_default();
+    let paths: Vec<PathBuf> = std::env::split_paths(&named).collect();
+    let versions = [(2, 21, 5), (2, 27, 5), (2, 32, 3)];
+    if paths.len() != versions.len() || !paths.iter().all(|path| path.exists()) {
+        println!(
+            "skipped: {test}: there are no real NCCLs; `cargo xtask setup` fetches them and STALLSCOPE_REAL_NCCLS names them"
+        );
+        return None;
+    }
+    let real = versions
+        .iter()
+        .zip(paths)
+        .map(|((major, minor, patch), library)| Real {
+            version: NcclVersion::new(*major, *minor, *patch),
+            library,
+        });
+    Some(real.collect())
+}
+
+/// A caller of one library, traced.
+struct Traced {
+    puppet: Puppet,
+    tracer: Tracer,
+    attached: Attached,
+    thread: Thread,
+}
+
+fn trace(library: &Path, log: &Path, config: ProbesConfig) -> Result<Traced> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nccl_caller"));
     command
         .arg(library)
-        .env("NCCL_DEBUG", "NONE")
-        .stderr(std::process::Stdio::null());
+        .env("NCCL_DEBUG", "INFO")
+        .env("NCCL_DEBUG_SUBSYS", "INIT")
+        .env("NCCL_DEBUG_FILE", log)
+        .env("NCCL_SOCKET_IFNAME", "lo")
+        .stderr(Stdio::null());
     let puppet = Puppet::start(&mut command)?;
-    let before = std::time::Instant::now();
-    let mut tracer = Tracer::load(ProbesConfig::default())?;
-    println!("loaded in {:?}", before.elapsed());
+    let mut tracer = Tracer::load(config)?;
     for program in &tracer.health.programs {
         ensure!(program.outcome == Outcome::Ok, "{program:?}");
     }
     let attached = tracer.attach(LibraryKind::Nccl, library, puppet.pid())?;
     println!("{attached:?}");
     ensure!(attached.failed.is_empty(), "{attached:?}");
-    // What 2.27.5 does not have yet.
-    let absent = [
-        "ncclAlltoAll",
-        "ncclGather",
-        "ncclScatter",
-        "ncclCommGrow",
-        "ncclCommRevoke",
-    ];
-    ensure!(
-        attached.absent == absent && attached.functions == 19,
-        "{attached:?}"
-    );
     let process = tracer.trace(puppet.pid())?;
     let thread = Thread {
         process,
         tid: puppet.pid(),
     };
-    Ok((puppet, tracer, thread))
+    Ok(Traced {
+        puppet,
+        tracer,
+        attached,
+        thread,
+    })
 }
 
 fn collectives(tracer: &Tracer) -> Vec<&Collective> {
@@ -71,140 +97,46 @@ fn collectives(tracer: &Tracer) -> Vec<&Collective> {
         .collect()
 }
 
+/// The number in a word that the caller said.
+fn number<T: std::str::FromStr>(word: Option<&str>) -> Result<T> {
+    let word = word.context("the caller said too little")?;
+    word.parse()
+        .ok()
+        .with_context(|| format!("the caller said {word:?}"))
+}
+
 #[test]
-fn every_argument_of_every_call_is_decoded() -> Result<()> {
-    let test = "every_argument_of_every_call_is_decoded";
-    if !privileged(test) {
-        return Ok(());
-    }
-    let Some(library) = library(test) else {
+fn every_argument_of_every_public_call_is_decoded_on_every_version() -> Result<()> {
+    let Some(libraries) = libraries("every_argument_of_every_public_call_is_decoded_on_every_version") else {
         return Ok(());
     };
-    let (mut puppet, mut tracer, thread) = start(&library)?;
-
-    puppet.go()?;
-    let said = puppet.line()?;
-    let said: Vec<_> = said.split(' ').collect();
-    let [_, result, comm, id] = said[..] else {
-        anyhow::bail!("the caller said {said:?}");
-    };
-    tracer.drain_until(|tracer| !tracer.observations.is_empty())?;
-    let made = tracer
-        .observations
+    libraries
         .iter()
-        .find_map(|observation| match &observation.fact {
-            Fact::CommCreated(made) => Some((observation.window, made)),
-            _ => None,
-        });
-    let (window, made) = made.context("no communicator")?;
-    let expected = CommCreated {
-        thread,
-        comm: comm.parse()?,
-        key: Some(fnv(id)?),
-        rank: Some(5),
-        ranks: Some(7),
-        result: result.parse()?,
-    };
-    ensure!(*made == expected, "{made:?} instead of {expected:?}");
-    ensure!(!window.is_empty(), "the constructor's call has no duration");
-
-    puppet.go()?;
-    let said = puppet.line()?;
-    let numbers: Vec<i64> = said.split(' ').map(str::parse).collect::<Result<_, _>>()?;
-    let comm = u64::try_from(numbers[0])?;
-    let results: Vec<i32> = numbers[1..]
-        .iter()
-        .map(|result| i32::try_from(*result))
-        .collect::<Result<_, _>>()?;
-    tracer.drain_until(|tracer| {
-        collectives(tracer).len() >= 8
-            && tracer
-                .observations
-                .iter()
-                .any(|observation| matches!(observation.fact, Fact::CommDestroyed { .. }))
-    })?;
-    let calls = [
-        (Function::AllReduce, 1_000_001, 7, None, 0),
-        (Function::ReduceScatter, 1_000_002, 9, None, 1),
-        (Function::AllGather, 1_000_003, 6, None, 2),
-        (Function::Broadcast, 1_000_004, 0, Some(3), 3),
-        (Function::Broadcast, 1_000_005, 1, Some(2), 4),
-        (Function::Reduce, 1_000_006, 8, Some(4), 5),
-        (Function::Send, 1_000_007, 2, Some(6), 8),
-        (Function::Recv, 1_000_008, 3, Some(-1), 9),
-    ];
-    let expected: Vec<_> = calls
-        .iter()
-        .zip(1..)
-        .map(|((function, count, datatype, peer, result), number)| Collective {
-            thread,
-            comm,
-            function: *function,
-            count: *count,
-            datatype: *datatype,
-            peer: *peer,
-            stream: 0xabc0_0000 + number,
-            result: Some(results[*result]),
-        })
-        .collect();
-    let observed: Vec<_> = collectives(&tracer).into_iter().cloned().collect();
-    ensure!(observed == expected, "{observed:#?} instead of {expected:#?}");
-    let groups = tracer
-        .observations
-        .iter()
-        .filter(|observation| observation.fact == Fact::GroupEnd { thread })
-        .count();
-    ensure!(groups == 1, "{groups} outermost groups instead of one");
-    ensure!(tracer.lost() == 0, "records were lost");
-    ensure!(
-        tracer.decoder.refused() == Default::default(),
-        "{:?}",
-        tracer.decoder.refused()
-    );
-    Ok(())
+        .try_for_each(|real| calls::one(real).with_context(|| format!("with NCCL {}", real.version)))
 }
 
 #[test]
 fn a_call_that_kills_its_process_is_told_without_a_result() -> Result<()> {
-    let test = "a_call_that_kills_its_process_is_told_without_a_result";
-    if !privileged(test) {
-        return Ok(());
-    }
-    let Some(library) = library(test) else {
+    let Some(libraries) = libraries("a_call_that_kills_its_process_is_told_without_a_result") else {
         return Ok(());
     };
-    let (mut puppet, mut tracer, thread) = start(&library)?;
-    for _ in 0..2 {
-        puppet.go()?;
-        puppet.line()?;
-    }
-    tracer.drain_until(|tracer| collectives(tracer).len() >= 8)?;
-    tracer.observations.clear();
-    puppet.go()?;
-    let status = puppet.ended()?;
-    ensure!(!status.success(), "the call did not kill its process");
-    tracer.drain_until(|tracer| !collectives(tracer).is_empty() && !tracer.events.is_empty())?;
-    let expected = Collective {
-        thread,
-        comm: 0xdead_0000,
-        function: Function::AllReduce,
-        count: 424_242,
-        datatype: 7,
-        peer: None,
-        stream: 0xdead_beef,
-        result: None,
-    };
-    ensure!(collectives(&tracer) == [&expected], "{:?}", collectives(&tracer));
-    Ok(())
+    calls::killed(&libraries[1])
 }
 
-/// The key of a unique id as the decoder documents it: FNV-1a over its 128 bytes.
-fn fnv(hex: &str) -> Result<u64> {
-    ensure!(hex.len() == 256, "an id of {} digits", hex.len());
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    for at in (0..hex.len()).step_by(2) {
-        let byte = u64::from_str_radix(&hex[at..at + 2], 16)?;
-        hash = (hash ^ byte).wrapping_mul(0x0100_0000_01b3);
-    }
-    Ok(hash)
+#[test]
+fn waits_are_timed_from_the_hooks_of_every_version_that_has_them() -> Result<()> {
+    let Some(libraries) = libraries("waits_are_timed_from_the_hooks_of_every_version_that_has_them") else {
+        return Ok(());
+    };
+    libraries
+        .iter()
+        .try_for_each(|real| waits::one(real).with_context(|| format!("with NCCL {}", real.version)))
+}
+
+#[test]
+fn a_library_without_local_symbols_is_traced_by_its_public_calls() -> Result<()> {
+    let Some(libraries) = libraries("a_library_without_local_symbols_is_traced_by_its_public_calls") else {
+        return Ok(());
+    };
+    waits::without_symbols(&libraries[1])
 }

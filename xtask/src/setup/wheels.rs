@@ -18,13 +18,21 @@ pub(super) struct Wheel {
     library: &'static str,
 }
 
-const WHEELS: &[Wheel] = &[NCCL];
+/// One NCCL before its profiler's hooks, the one that the stand-in is modelled on, and a recent one.
+const WHEELS: &[Wheel] = &[nccl("2.21.5"), NCCL, nccl("2.32.3")];
 
-const NCCL: Wheel = Wheel {
-    name: "nvidia-nccl-cu12",
-    version: "2.27.5",
-    library: "nvidia/nccl/lib/libnccl.so.2",
-};
+const NCCL: Wheel = nccl("2.27.5");
+
+const fn nccl(version: &'static str) -> Wheel {
+    Wheel {
+        name: "nvidia-nccl-cu12",
+        version,
+        library: "nvidia/nccl/lib/libnccl.so.2",
+    }
+}
+
+/// Takes one file out of an archive: the rest of a wheel is of no use here.
+const EXTRACT: &str = "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extract(sys.argv[2], sys.argv[3])";
 
 impl Wheel {
     fn folder(&self, paths: &Paths) -> PathBuf {
@@ -60,15 +68,16 @@ impl Wheel {
     /// The download as a person would type it.
     pub(super) fn command_line(&self, paths: &Paths) -> String {
         format!(
-            "{} && python3 -m zipfile -e {}/{}*.whl {}",
+            "{} && python3 -c '{EXTRACT}' {}/{}*.whl {} {}",
             shell::line(&self.download_command(paths)),
             paths.wheels().display(),
             self.file_prefix(),
+            self.library,
             self.folder(paths).display()
         )
     }
 
-    /// Downloads and unpacks it. The library appears under its final name only when it is whole.
+    /// Downloads it and unpacks its library, which appears under its final name only when it is whole; then the wheel goes.
     pub(super) fn fetch(&self, paths: &Paths) -> Result<()> {
         fs::create_dir_all(paths.wheels())?;
         if self.file(paths)?.is_none() {
@@ -85,8 +94,9 @@ impl Wheel {
         let unpacked = tempfile::tempdir_in(paths.wheels())?;
         shell::run(
             Command::new("python3")
-                .args(["-m", "zipfile", "-e"])
+                .args(["-c", EXTRACT])
                 .arg(&file)
+                .arg(self.library)
                 .arg(unpacked.path()),
         )
         .with_context(|| format!("{} is damaged: delete it and run setup again", file.display()))?;
@@ -94,7 +104,9 @@ impl Wheel {
         if folder.exists() {
             fs::remove_dir_all(&folder)?;
         }
-        fs::rename(unpacked.keep(), &folder).with_context(|| format!("failed to create {}", folder.display()))
+        fs::rename(unpacked.keep(), &folder)
+            .with_context(|| format!("failed to create {}", folder.display()))?;
+        fs::remove_file(&file).with_context(|| format!("failed to remove {}", file.display()))
     }
 
     fn file(&self, paths: &Paths) -> Result<Option<PathBuf>> {
@@ -124,4 +136,10 @@ pub(super) fn missing(paths: &Paths, scope: Scope) -> Vec<&'static Wheel> {
 #[must_use]
 pub fn nccl_library(paths: &Paths) -> PathBuf {
     NCCL.library(paths)
+}
+
+/// Every real `libnccl.so.2`, by version.
+#[must_use]
+pub fn nccl_libraries(paths: &Paths) -> Vec<PathBuf> {
+    WHEELS.iter().map(|wheel| wheel.library(paths)).collect()
 }

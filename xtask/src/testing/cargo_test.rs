@@ -54,6 +54,7 @@ fn command(
         .env("STALLSCOPE_BPF_OBJECT", &programs.bpf_object)
         .env("STALLSCOPE_CACHE", &paths.cache)
         .env("STALLSCOPE_REAL_NCCL", setup::nccl_library(paths))
+        .env("STALLSCOPE_REAL_NCCLS", joined(&setup::nccl_libraries(paths)))
         .env("STALLSCOPE_PYTHON", setup::python(paths));
     if privileged {
         command.env("STALLSCOPE_PRIVILEGED", "1");
@@ -61,6 +62,11 @@ fn command(
         command.env_remove("STALLSCOPE_PRIVILEGED");
     }
     command
+}
+
+/// Paths as in `PATH`.
+fn joined(paths: &[std::path::PathBuf]) -> std::ffi::OsString {
+    std::env::join_paths(paths).unwrap_or_default()
 }
 
 fn run_one(mut command: Command, tally: &mut Tally) -> Result<()> {

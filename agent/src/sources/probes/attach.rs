@@ -14,9 +14,12 @@ use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink,
 use aya::programs::{ProgramError, UProbe};
 
 use super::detach;
+use super::library::{Content, Nccl};
+use super::nccl::{CommLayout, NcclVersion};
 use super::open::open_plain_file;
 use super::points::{Point, points};
-use super::symbols::{FirstInstruction, SymbolError, Symbols};
+use super::symbols::{FirstInstruction, SymbolError};
+use super::waits::{NoWaitHooks, WaitHooks};
 use crate::sources::procs::{Library, LibraryId};
 
 /// Libraries whose symbols are remembered after release, for when another process maps them again.
@@ -40,6 +43,12 @@ pub struct Attached {
     /// Whether the opened file has another inode than the mapping was listed with: as on overlay file systems, or because
     /// the file was replaced on disk after the process mapped it. In the latter case nothing will be seen of it.
     pub inode_differs: bool,
+    /// Of an NCCL: its version, where its code tells.
+    pub version: Option<NcclVersion>,
+    /// Of an NCCL: where its communicators hold their identity, where its code tells.
+    pub layout: Option<CommLayout>,
+    /// Of an NCCL: the hooks for what its network steps wait for, or why there are none.
+    pub waits: Option<Result<WaitHooks, NoWaitHooks>>,
     /// Time it took.
     pub took: Duration,
 }
@@ -109,7 +118,7 @@ pub(super) struct Attachments {
     attached: HashMap<LibraryId, (Links, Attached)>,
     /// Still detaching; attached anew before it is over, every call would be seen twice.
     detaching: HashMap<LibraryId, JoinHandle<()>>,
-    symbols: HashMap<FileIdentity, Symbols>,
+    contents: HashMap<FileIdentity, Content>,
     /// Files that cannot be read as libraries: they are offered again every few seconds, and reading may take a second.
     unreadable: HashMap<FileIdentity, SymbolError>,
 }
@@ -149,9 +158,14 @@ impl Attachments {
         }
     }
 
-    pub(super) fn attach(&mut self, ebpf: &mut Ebpf, library: &Library) -> Result<Attached, AttachError> {
+    /// Gives the file too when it is newly attached.
+    pub(super) fn attach(
+        &mut self,
+        ebpf: &mut Ebpf,
+        library: &Library,
+    ) -> Result<(Attached, Option<File>), AttachError> {
         if let Some((_, attached)) = self.attached.get(&library.id) {
-            return Ok(attached.clone());
+            return Ok((attached.clone(), None));
         }
         let start = Instant::now();
         if let Some(detaching) = self.detaching.remove(&library.id) {
@@ -173,7 +187,8 @@ impl Attachments {
             modified_s: metadata.mtime(),
             modified_ns: metadata.mtime_nsec(),
         };
-        let symbols = self.symbols(&file, identity, library)?.clone();
+        let content = self.content(&file, identity, library)?.clone();
+        let nccl = content.nccl.as_ref();
         let mut attached = Attached {
             id: library.id,
             functions: 0,
@@ -181,9 +196,12 @@ impl Attachments {
             failed: Vec::new(),
             single_stepped: Vec::new(),
             inode_differs: identity.inode != library.id.inode,
+            version: nccl.and_then(|nccl| nccl.version),
+            layout: nccl.and_then(|nccl| nccl.layout),
+            waits: nccl.map(|nccl| nccl.hooks.clone()),
             took: Duration::ZERO,
         };
-        let links = attach_points(ebpf, &file, points(library.kind), &symbols, &mut attached);
+        let links = attach_points(ebpf, &file, points(library.kind), &content, &mut attached);
         attached.took = start.elapsed();
         if attached.functions == 0 {
             let why = match attached.failed.first() {
@@ -196,7 +214,7 @@ impl Attachments {
             });
         }
         self.attached.insert(library.id, (links, attached.clone()));
-        Ok(attached)
+        Ok((attached, Some(file)))
     }
 
     fn check_room(&mut self, library: &Library) -> Result<(), AttachError> {
@@ -210,32 +228,31 @@ impl Attachments {
         Ok(())
     }
 
-    /// The symbols of a file, read once: the tables of the large libraries take a tenth of a second.
-    fn symbols(
+    /// The content of a file, read once: the tables of the large libraries take a tenth of a second.
+    fn content(
         &mut self,
         file: &File,
         identity: FileIdentity,
         library: &Library,
-    ) -> Result<&Symbols, AttachError> {
-        if !self.symbols.contains_key(&identity) {
-            let wanted: Vec<_> = points(library.kind).iter().map(|point| point.symbol).collect();
+    ) -> Result<&Content, AttachError> {
+        if !self.contents.contains_key(&identity) {
             let read = match self.unreadable.get(&identity) {
                 Some(failure) => Err(failure.clone()),
-                None => Symbols::read(file, &wanted),
+                None => Content::read(file, library.kind),
             };
-            let symbols = read.map_err(|source| {
+            let content = read.map_err(|source| {
                 self.remember_failure(identity, &source);
                 AttachError::Symbols {
                     shown: library.shown.clone(),
                     source,
                 }
             })?;
-            if self.symbols.len() >= REMEMBERED_LIBRARIES {
-                self.symbols.clear();
+            if self.contents.len() >= REMEMBERED_LIBRARIES {
+                self.contents.clear();
             }
-            self.symbols.insert(identity, symbols);
+            self.contents.insert(identity, content);
         }
-        Ok(&self.symbols[&identity])
+        Ok(&self.contents[&identity])
     }
 
     /// What is wrong with a file's content stays so until it is written again; a failed read may pass.
@@ -255,7 +272,7 @@ fn attach_points(
     ebpf: &mut Ebpf,
     file: &File,
     points: &[Point],
-    symbols: &Symbols,
+    content: &Content,
     attached: &mut Attached,
 ) -> Links {
     // By descriptor, so that it is the file whose symbols were read even when its path leads elsewhere by now.
@@ -266,7 +283,7 @@ fn attach_points(
     };
     let mut seen = Vec::new();
     for point in points {
-        let Some(symbol) = symbols.get(point.symbol) else {
+        let Some(symbol) = content.symbols.get(point.symbol) else {
             attached.absent.push(point.symbol);
             continue;
         };
@@ -274,7 +291,7 @@ fn attach_points(
             continue;
         }
         seen.push(symbol.file_offset);
-        match attach_point(ebpf, &path, point, symbol.file_offset) {
+        match attach_point(ebpf, &path, point, symbol.file_offset, content.nccl.as_ref()) {
             Ok((entry, on_return)) => {
                 links.entries.push(entry);
                 links.returns.extend(on_return);
@@ -307,16 +324,20 @@ fn attach_point(
     path: &std::path::Path,
     point: &Point,
     offset: u64,
+    nccl: Option<&Nccl>,
 ) -> Result<(UProbeLink, Option<UProbeLink>), ProgramError> {
     let on_return = match point.on_return {
         Some(program) => Some(attach_program(ebpf, path, program, offset, None)?),
         None => None,
     };
-    let entry = attach_program(ebpf, path, point.entry, offset, Some(point.cookie))?;
+    let version = nccl.and_then(|nccl| nccl.version).map(NcclVersion::code);
+    let rank_offset = nccl.and_then(|nccl| nccl.layout).map(|layout| layout.rank);
+    let cookie = point.cookie(version, rank_offset);
+    let entry = attach_program(ebpf, path, point.entry, offset, Some(cookie))?;
     Ok((entry, on_return))
 }
 
-fn attach_program(
+pub(super) fn attach_program(
     ebpf: &mut Ebpf,
     path: &std::path::Path,
     program: &str,
@@ -369,7 +390,7 @@ mod tests {
             modified_ns: 0,
         };
         let mut attachments = Attachments::default();
-        let mut why = |file: &File, identity| match attachments.symbols(file, identity, &library(1)) {
+        let mut why = |file: &File, identity| match attachments.content(file, identity, &library(1)) {
             Err(AttachError::Symbols { source, .. }) => source,
             other => panic!("{other:?}"),
         };

@@ -5,18 +5,20 @@ use std::collections::HashMap;
 use stallscope_attribution::time::Window;
 use stallscope_records::abi::{self, Function, SyncTarget as RawTarget};
 use stallscope_records::record::{
-    Collective as RawCollective, Constructor, Copy, EventOp, FileIo, LaunchRun, OffCpu, Sync, Teardown, flag,
+    Collective as RawCollective, CommSeen, Constructor, Copy, EventOp, FileIo, LaunchRun, OffCpu, Sync,
+    Teardown, flag,
 };
 use stallscope_records::{Field, Head, Kind};
 
+use super::comms::Comms;
 use super::rings::RawEvent;
 use crate::observation::{
-    Collective, CollectiveFunction, CommCreated, CopyDirection, Fact, FileOp, Observation, OffCpuReason,
-    ProcessKey, SyncTarget, Thread,
+    Collective, CollectiveFunction, CopyDirection, Fact, FileOp, Observation, OffCpuReason, ProcessKey,
+    SyncTarget, Thread,
 };
 use crate::sources::procs::ProcessEvent;
 
-/// Communicators remembered for the keys of their children, and idle runs remembered until they come again.
+/// Idle runs remembered until they come again.
 const REMEMBERED: usize = 65_536;
 
 /// What a raw event means.
@@ -39,28 +41,24 @@ pub struct Refused {
     pub unfinished: u64,
     /// Calls whose arguments could not be read.
     pub unreadable: u64,
+    /// Communicators that hold something else than their library's layout says.
+    pub strange_comms: u64,
 }
 
 /// Turns raw events into observations. It remembers communicators, whose children's keys come from their parents'.
 #[derive(Debug, Default)]
 pub struct Decoder {
     refused: Refused,
-    comms: HashMap<(ProcessKey, u64), Lineage>,
+    comms: Comms,
     idle_runs: HashMap<(u32, u64), u64>,
 }
 
-/// What a communicator's children need to know of it.
-#[derive(Debug, Clone, Copy)]
-struct Lineage {
-    key: Option<u64>,
-    children: u64,
-}
-
-enum Refusal {
+pub(super) enum Refusal {
     Malformed,
     UnknownProcess,
     Unfinished,
     Unreadable,
+    StrangeComm,
     /// Told before, or nothing to tell.
     Known,
 }
@@ -82,6 +80,7 @@ impl Decoder {
             Err(Refusal::UnknownProcess) => self.refused.unknown_process += 1,
             Err(Refusal::Unfinished) => self.refused.unfinished += 1,
             Err(Refusal::Unreadable) => self.refused.unreadable += 1,
+            Err(Refusal::StrangeComm) => self.refused.strange_comms += 1,
             Err(Refusal::Known) => {}
         }
     }
@@ -94,7 +93,7 @@ impl Decoder {
 
     /// Forgets what is remembered about a process that is gone.
     pub fn forget(&mut self, process: ProcessKey) {
-        self.comms.retain(|(owner, _), _| *owner != process);
+        self.comms.forget(process);
     }
 
     fn decoded(&mut self, event: RawEvent<'_>, lookup: Lookup<'_>) -> Result<Decoded, Refusal> {
@@ -182,8 +181,9 @@ impl Decoder {
         };
         let fact = match kind {
             Kind::Collective => collective(thread, &read(bytes)?)?,
-            Kind::Constructor => self.constructor(thread, &read(bytes)?)?,
-            Kind::Teardown => self.teardown(thread, &read(bytes)?)?,
+            Kind::Constructor => Fact::CommCreated(self.comms.made(thread, &read::<Constructor>(bytes)?)?),
+            Kind::CommSeen => Fact::CommCreated(self.comms.seen(thread, &read::<CommSeen>(bytes)?)?),
+            Kind::Teardown => self.comms.ended(thread, &read::<Teardown>(bytes)?)?,
             Kind::GroupEnd => Fact::GroupEnd { thread },
             Kind::Sync => sync(thread, &read(bytes)?)?,
             Kind::Copy => copy(thread, &read(bytes)?)?,
@@ -224,88 +224,10 @@ impl Decoder {
             graphs: run.graphs,
         })
     }
-
-    fn constructor(&mut self, thread: Thread, made: &Constructor) -> Result<Fact, Refusal> {
-        let function = Function::from_number(made.function).ok_or(Refusal::Malformed)?;
-        let key = if made.head.flags & flag::ID != 0 {
-            Some(hash(&[&made.id]))
-        } else {
-            self.child_key(thread.process, function, made)
-        };
-        if made.head.flags & flag::RETURNED == 0 {
-            return Err(Refusal::Unfinished);
-        }
-        if made.comm == 0 && made.head.flags & flag::UNREADABLE != 0 {
-            return Err(Refusal::Unreadable);
-        }
-        if made.comm == 0 && made.head.result == 0 {
-            // A rank that takes no part in the split.
-            return Err(Refusal::Known);
-        }
-        if made.comm != 0 {
-            if self.comms.len() >= REMEMBERED {
-                self.comms.clear();
-            }
-            self.comms
-                .insert((thread.process, made.comm), Lineage { key, children: 0 });
-        }
-        let number = |value: i32, flag: u16| {
-            (made.head.flags & flag != 0)
-                .then_some(value)
-                .and_then(|value| u32::try_from(value).ok())
-        };
-        Ok(Fact::CommCreated(CommCreated {
-            thread,
-            comm: made.comm,
-            key,
-            rank: number(made.rank, flag::RANK),
-            ranks: number(made.ranks, flag::RANKS),
-            result: made.head.result,
-        }))
-    }
-
-    /// Children are numbered alike on all ranks, since every rank of the parent takes part in making them.
-    fn child_key(&mut self, process: ProcessKey, function: Function, made: &Constructor) -> Option<u64> {
-        let parent = self.comms.get_mut(&(process, made.parent))?;
-        parent.children += 1;
-        let parts = [parent.key?, function as u64, parent.children];
-        let color = if function == Function::CommSplit {
-            made.color
-        } else {
-            0
-        };
-        Some(hash(&[
-            &parts[0].to_le_bytes(),
-            &parts[1].to_le_bytes(),
-            &parts[2].to_le_bytes(),
-            &color.to_le_bytes(),
-        ]))
-    }
-
-    fn teardown(&mut self, thread: Thread, ended: &Teardown) -> Result<Fact, Refusal> {
-        let function = Function::from_number(ended.function).ok_or(Refusal::Malformed)?;
-        if matches!(function, Function::CommDestroy | Function::CommAbort) {
-            self.comms.remove(&(thread.process, ended.comm));
-        }
-        Ok(Fact::CommDestroyed {
-            thread,
-            comm: ended.comm,
-        })
-    }
 }
 
 fn read<T: Field>(bytes: &[u8]) -> Result<T, Refusal> {
     T::read(bytes).ok_or(Refusal::Malformed)
-}
-
-/// FNV-1a over the parts: the same on every rank, and good enough for keys that are random or few.
-fn hash(parts: &[&[u8]]) -> u64 {
-    parts
-        .iter()
-        .flat_map(|part| part.iter())
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-        })
 }
 
 fn collective(thread: Thread, call: &RawCollective) -> Result<Fact, Refusal> {

@@ -10,6 +10,7 @@
 //!   attached while at least one process is traced.
 //! - [`Reader::drain`]`(timeout, &mut dyn FnMut(RawEvent))`: waits, then gives everything there is. Call it at least every
 //!   100 ms; kernel-side counters, idle launch runs and losses come through it too, so nothing else has to be polled.
+//! - [`Probes::poll_waits`]`(now)`: attaches NCCL's wait hooks for a window now and then, and gives what the windows held.
 //! - [`Decoder::decode`]`(RawEvent, lookup, out)`: raw events to [`Decoded`]: an [`Observation`] or a [`ProcessEvent`].
 //! - [`Probes::verifier_stats`], [`Probes::run_stats`], [`Reader::lost`], [`Decoder::refused`]: the probes' own cost and losses.
 //!
@@ -18,6 +19,7 @@
 //! [`ProcessEvent::Fork`]: crate::sources::procs::ProcessEvent::Fork
 
 mod attach;
+mod comms;
 mod decode;
 mod detach;
 mod elf;
@@ -26,6 +28,8 @@ mod format;
 mod health;
 #[cfg(feature = "bpf-log")]
 mod kernel_log;
+mod library;
+pub mod nccl;
 mod object;
 mod open;
 mod points;
@@ -33,6 +37,7 @@ mod programs;
 mod rings;
 mod stats;
 mod symbols;
+mod waits;
 
 pub use attach::{AttachError, Attached, SymbolFailure};
 pub use decode::{Decoded, Decoder, Refused};
@@ -42,3 +47,4 @@ pub use object::{LoadError, Loaded, Probes, ProbesConfig, object_places};
 pub use rings::{DrainError, Drained, RawEvent, Reader};
 pub use stats::{RunStats, VerifierStats};
 pub use symbols::{FirstInstruction, SymbolError, Symbols};
+pub use waits::{NoWaitHooks, ThreadWaits, WaitHooks, WaitsConfig};

@@ -20,6 +20,7 @@ use super::health::{Health, Outcome};
 use super::programs::{Hook, PROGRAMS, ProgramSpec, When};
 use super::rings::Reader;
 use super::stats::{Counters, RunStats, VerifierStats};
+use super::waits::{ThreadWaits, WaitStates, WaitsConfig};
 use crate::observation::ProcessRole;
 use crate::sources::procs::{Library, LibraryId};
 
@@ -42,6 +43,8 @@ pub struct ProbesConfig {
     pub file_call_min_ns: u64,
     /// Bytes lying in a ring that wake the reader early. Default 64 KiB; the smallest ring holds 1 MiB.
     pub wake_bytes: u64,
+    /// When NCCL's wait hooks are attached.
+    pub waits: WaitsConfig,
 }
 
 impl Default for ProbesConfig {
@@ -53,6 +56,7 @@ impl Default for ProbesConfig {
             off_cpu_min_ns: 50_000,
             file_call_min_ns: 200_000,
             wake_bytes: 64 << 10,
+            waits: WaitsConfig::default(),
         }
     }
 }
@@ -119,6 +123,7 @@ pub struct Probes {
     tracing: Vec<TracePointLink>,
     _always: Vec<TracePointLink>,
     filter: Filter,
+    waits: WaitStates,
     health: Health,
     run_time: Option<OwnedFd>,
     ebpf: Ebpf,
@@ -163,11 +168,13 @@ impl Probes {
         let always = attach_tracepoints(&mut ebpf, When::Always, &mut health);
         let reader = Reader::new(&mut ebpf, config.launch_gap_ns)?;
         let filter = Filter::new(take_map(&mut ebpf, "PROCESSES")?, take_map(&mut ebpf, "HINTS")?);
+        let waits = WaitStates::new(&mut ebpf, config.waits)?;
         let probes = Self {
             attachments: Attachments::default(),
             tracing: Vec::new(),
             _always: always,
             filter,
+            waits,
             health: health.clone(),
             run_time: None,
             ebpf,
@@ -184,11 +191,28 @@ impl Probes {
     /// # Errors
     /// [`AttachError`] when nothing of the library can be traced; single failures are in [`Attached`].
     pub fn attach_library(&mut self, library: &Library) -> Result<Attached, AttachError> {
-        self.attachments.attach(&mut self.ebpf, library)
+        let (attached, file) = self.attachments.attach(&mut self.ebpf, library)?;
+        if let (Some(file), Some(Ok(hooks))) = (file, &attached.waits) {
+            self.waits.add(library.id, file, *hooks);
+        }
+        Ok(attached)
+    }
+
+    /// Attaches or detaches NCCL's wait hooks when it is time, and gives what a window that is over held. Call it a few times
+    /// a second; it may take as long as attaching two functions.
+    pub fn poll_waits(&mut self, now_ns: u64) -> Vec<ThreadWaits> {
+        self.waits.poll(&mut self.ebpf, now_ns)
+    }
+
+    /// Why the wait hooks could not be attached the last time.
+    #[must_use]
+    pub fn waits_trouble(&self) -> Option<&str> {
+        self.waits.trouble()
     }
 
     /// Detaches from the library; nothing happens when it is not attached.
     pub fn release_library(&mut self, id: LibraryId) {
+        self.waits.remove(id);
         self.attachments.release(id);
     }
 
@@ -211,6 +235,7 @@ impl Probes {
     /// Records this process no longer.
     pub fn forget_process(&mut self, tgid: u32) {
         self.filter.remove(tgid);
+        self.waits.forget(tgid);
         if self.filter.is_empty() {
             let links = std::mem::take(&mut self.tracing);
             drop(detach::in_background(move || drop(links)));
@@ -368,12 +393,19 @@ fn load_programs(ebpf: &mut Ebpf, health: &mut Health) -> Result<(), LoadError> 
         let Err(error) = load_program(ebpf, spec) else {
             continue;
         };
-        if let Some(source) = permission(&error) {
+        if let Some(source) = permission(&error)
+            && !was_verified(&error)
+        {
             return Err(LoadError::NotPermitted { source });
         }
         health.set(spec.name, Outcome::Broken(one_line(&error)));
     }
     Ok(())
+}
+
+/// The verifier refuses with the same error as the check of permissions, but says why.
+fn was_verified(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { verifier_log, .. } if !verifier_log.to_string().is_empty())
 }
 
 fn load_program(ebpf: &mut Ebpf, spec: &ProgramSpec) -> Result<(), ProgramError> {

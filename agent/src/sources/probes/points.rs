@@ -1,6 +1,8 @@
 //! Which program is attached to which function of a library, and with which cookie.
 
-use stallscope_records::abi::{CallShape, CudaShape, Direction, Function, Launch, NO_ARGUMENT, SyncTarget};
+use stallscope_records::abi::{
+    CallShape, ConstructorShape, CudaShape, Direction, Function, Launch, NO_ARGUMENT, SyncTarget,
+};
 
 use crate::sources::procs::LibraryKind;
 
@@ -13,8 +15,8 @@ pub(super) struct Point {
     pub(super) entry: &'static str,
     /// Program at its return.
     pub(super) on_return: Option<&'static str>,
-    /// What the programs are told about it.
-    pub(super) cookie: u64,
+    /// What the programs are told about it, whatever the library.
+    cookie: u64,
 }
 
 /// Positions of count, datatype, peer or root, communicator and stream in a data-moving call.
@@ -57,6 +59,19 @@ const fn teardown(symbol: &'static str, function: Function) -> Point {
     }
 }
 
+impl Point {
+    /// The cookie, with what is known about the library: its version code and the offset of the rank in its communicators.
+    pub(super) fn cookie(&self, version: Option<u32>, rank_offset: Option<u32>) -> u64 {
+        match (self.entry, self.on_return) {
+            ("nccl_call", _) => CallShape::with_rank_offset(self.cookie, rank_offset.unwrap_or(0)),
+            (_, Some("nccl_constructor_return")) => {
+                self.cookie | u64::from(version.unwrap_or(0)) << ConstructorShape::VERSION
+            }
+            _ => self.cookie,
+        }
+    }
+}
+
 const NO_PEER: u64 = NO_ARGUMENT;
 
 /// NCCL's public calls, by nccl.h; every version lacks some of them.
@@ -74,6 +89,19 @@ const NCCL: &[Point] = &[
     call("ncclReduce", Function::Reduce, [2, 3, 5, 6, 7]),
     call("ncclGather", Function::Gather, [2, 3, 4, 5, 6]),
     call("ncclScatter", Function::Scatter, [2, 3, 4, 5, 6]),
+    // The same with a configuration at the end, since 2.32.
+    call("ncclAllReduceConfig", Function::AllReduce, [2, 3, NO_PEER, 5, 6]),
+    call(
+        "ncclReduceScatterConfig",
+        Function::ReduceScatter,
+        [2, 3, NO_PEER, 5, 6],
+    ),
+    call("ncclAllGatherConfig", Function::AllGather, [2, 3, NO_PEER, 4, 5]),
+    call("ncclAlltoAllConfig", Function::AllToAll, [2, 3, NO_PEER, 4, 5]),
+    call("ncclBroadcastConfig", Function::Broadcast, [2, 3, 4, 5, 6]),
+    call("ncclReduceConfig", Function::Reduce, [2, 3, 5, 6, 7]),
+    call("ncclGatherConfig", Function::Gather, [2, 3, 4, 5, 6]),
+    call("ncclScatterConfig", Function::Scatter, [2, 3, 4, 5, 6]),
     call("ncclSend", Function::Send, [1, 2, 3, 4, 5]),
     call("ncclRecv", Function::Recv, [1, 2, 3, 4, 5]),
     Point {
@@ -86,6 +114,12 @@ const NCCL: &[Point] = &[
         symbol: "ncclGroupEnd",
         entry: "nccl_group_end",
         on_return: Some("nccl_group_end_return"),
+        cookie: 0,
+    },
+    Point {
+        symbol: "ncclGetUniqueId",
+        entry: "nccl_unique_id",
+        on_return: Some("nccl_unique_id_return"),
         cookie: 0,
     },
     constructor("ncclCommInitRank", "nccl_init_rank", Function::CommInitRank),

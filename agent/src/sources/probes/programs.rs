@@ -105,6 +105,30 @@ pub(super) const PROGRAMS: &[ProgramSpec] = &[
         "communicators of one process with many GPUs",
     ),
     uprobe(
+        "nccl_unique_id",
+        Ring::Nccl,
+        Hook::Entry,
+        "ids of communicators of one process with many GPUs",
+    ),
+    uprobe(
+        "nccl_unique_id_return",
+        Ring::Nccl,
+        Hook::Return,
+        "ids of communicators of one process with many GPUs",
+    ),
+    uprobe(
+        "nccl_step_state",
+        Ring::Nccl,
+        Hook::Entry,
+        "what network steps wait for",
+    ),
+    uprobe(
+        "nccl_step_stop",
+        Ring::Nccl,
+        Hook::Entry,
+        "what network steps wait for",
+    ),
+    uprobe(
         "nccl_split",
         Ring::Nccl,
         Hook::Entry,

@@ -135,6 +135,14 @@ impl Symbols {
         }
     }
 
+    /// Functions as if a file had them.
+    #[cfg(test)]
+    pub(super) fn of(found: impl IntoIterator<Item = (&'static str, Symbol)>) -> Self {
+        Self {
+            found: found.into_iter().collect(),
+        }
+    }
+
     /// The function of this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<Symbol> {

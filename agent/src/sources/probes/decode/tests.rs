@@ -74,7 +74,13 @@ fn collective(flags: u16) -> Vec<u8> {
 fn constructor(function: Function, flags: u16, comm: u64, parent: u64, color: u32, id: u8) -> Vec<u8> {
     let words = [word(comm), word(parent)].concat();
     let halves = [half(function as u32), half(8), half(3), half(color)].concat();
-    record(Kind::Constructor, flags, 0, &[&words, &halves, &[id; 128]])
+    let library = [half(0), half(0)].concat();
+    record(
+        Kind::Constructor,
+        flags,
+        0,
+        &[&words, &halves, &[id; 128], &library],
+    )
 }
 
 #[test]
@@ -402,6 +408,7 @@ fn what_gives_nothing_is_counted_by_cause() {
         unknown_process: 1,
         unfinished: 1,
         unreadable: 1,
+        strange_comms: 0,
     };
     assert_eq!(decoder.refused(), expected);
 }
