@@ -72,7 +72,7 @@ macro_rules! section {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Name of this node in reports.
+    /// Name of this node in reports, and in its certificate.
     #[serde(deserialize_with = "optional_name")]
     pub node: Option<String>,
     /// `[scope]`
@@ -131,7 +131,7 @@ section! {
         server_name: Option<String> = None, shown "\"collector.example\"";
         /// Certificates that may sign the collector's (PEM).
         ca: Option<PathBuf> = None, shown "\"/etc/stallscope/tls/ca.pem\"";
-        /// This node's certificate (PEM).
+        /// This node's certificate (PEM); `node`, else the host name, must be among its subject alternative names.
         cert: Option<PathBuf> = None, shown "\"/etc/stallscope/tls/node.pem\"";
         /// This node's private key (PEM).
         key: Option<PathBuf> = None, shown "\"/etc/stallscope/tls/node.key\"";
@@ -159,7 +159,10 @@ section! {
 
 const NODE_DOCS: FieldDocs = FieldDocs {
     key: "node",
-    docs: &[" Name of this node in reports. Default: its host name."],
+    docs: &[
+        " Name of this node in reports. Default: its host name. With a collector, the certificate of [stream] must hold",
+        " this very name as a subject alternative name, unless the collector runs with --any-name.",
+    ],
     shown: "\"node-17\"",
 };
 

@@ -17,6 +17,9 @@ pub struct CollectorConfig {
     pub max_bytes: u64,
     /// Own certificate and key, and who signs the agents'.
     pub identity: IdentityFiles,
+    /// Whether a client may call itself what it likes. Else its certificate must name the node it speaks for: for fleets
+    /// that share one certificate, where anybody who holds its key can speak for any node.
+    pub any_name: bool,
     /// Bounds of memory.
     pub board: BoardLimits,
     /// Bounds per client.

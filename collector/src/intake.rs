@@ -9,7 +9,7 @@ use bytes::Bytes;
 use stallscope_proto::v1;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::board::{Admission, Board};
+use crate::board::{Admission, Board, MOST_AHEAD};
 use crate::clock::realtime_ns;
 use crate::stats::Stats;
 use crate::store::{SegmentStore, StoreError};
@@ -33,6 +33,15 @@ pub(crate) enum IntakeError {
     /// The board has no room for another node.
     #[error("too many nodes: raise the bound of nodes or start another collector")]
     TooManyNodes,
+    /// A number that no agent comes to by counting; taking it would make everything after it a duplicate.
+    #[error(
+        "message {sequence} is more than {MOST_AHEAD} ahead of the last one known: the store of the agent is damaged, or this \
+         is no agent; move the agent's store.dir away and restart it"
+    )]
+    Jump {
+        /// Its number.
+        sequence: u64,
+    },
     /// The collector is stopping.
     #[error("the collector is stopping")]
     Stopping,
@@ -146,6 +155,7 @@ impl Writer {
             let admission = locked(&self.board).admission(&envelope.node, boot_id, sequence);
             let in_round = seen.entry((envelope.node.clone(), boot_id)).or_insert(0);
             match admission {
+                Admission::TooFarAhead => return Err(IntakeError::Jump { sequence }),
                 Admission::TooManyNodes => return Err(IntakeError::TooManyNodes),
                 Admission::New if sequence > *in_round => *in_round = sequence,
                 Admission::New | Admission::Duplicate => {

@@ -54,6 +54,8 @@ pub(crate) struct Shared {
     pub(crate) answers: Arc<Answers>,
     pub(crate) stats: Arc<Stats>,
     pub(crate) limits: Limits,
+    /// Whether names need not be in certificates.
+    pub(crate) any_name: bool,
     pub(crate) reports: Semaphore,
     /// The open connection of each node.
     agents: Mutex<BTreeMap<String, Connection>>,
@@ -125,6 +127,7 @@ impl Collector {
             answers,
             stats,
             limits: config.limits,
+            any_name: config.any_name,
             reports: Semaphore::new(config.limits.reports.max(1)),
             agents: Mutex::default(),
         });

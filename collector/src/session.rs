@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use prost::Message;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
+use rustls::pki_types::CertificateDer;
 use stallscope_proto::frame::{self, Decoder, FrameError};
 use stallscope_proto::v1::{self, client_message, server_message};
 use stallscope_proto::{SCHEMA, close};
@@ -15,6 +16,7 @@ use crate::clock::realtime_ns;
 use crate::intake::{Arrival, IntakeError, locked};
 use crate::server::Shared;
 use crate::stats::Stats;
+use crate::tls::certifies;
 
 /// A client that has not said what it wants by then is closed.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
@@ -43,6 +45,15 @@ pub(crate) enum SessionError {
         /// The client's version.
         theirs: u32,
     },
+    /// The client speaks for a node that its certificate does not name.
+    #[error(
+        "the client's certificate does not name node {node:?}: on the node, set `node` to a name in the certificate or issue a \
+         certificate with that subject alternative name; on the collector, --any-name takes fleets that share one certificate"
+    )]
+    Name {
+        /// What it calls itself.
+        node: String,
+    },
     /// The client said nothing in time.
     #[error("no message within {} s", FIRST_MESSAGE.as_secs())]
     Silent,
@@ -62,7 +73,10 @@ impl SessionError {
     const fn close_code(&self) -> Option<u32> {
         match self {
             Self::Frame(FrameError::TooLong { .. }) => Some(close::LIMIT),
-            Self::Frame(_) | Self::Message(_) | Self::Unexpected(_) | Self::Silent => Some(close::PROTOCOL),
+            Self::Frame(_) | Self::Message(_) | Self::Unexpected(_) | Self::Name { .. } | Self::Silent => {
+                Some(close::PROTOCOL)
+            }
+            Self::Intake(IntakeError::Jump { .. }) => Some(close::PROTOCOL),
             Self::Schema { .. } => Some(close::SCHEMA),
             Self::Intake(IntakeError::Store(_) | IntakeError::TooManyNodes) => Some(close::STORE),
             Self::Intake(IntakeError::Stopping) => Some(close::STOPPING),
@@ -140,6 +154,9 @@ async fn agent(
         ));
     }
     let node = hello.node;
+    if !shared.any_name && !is_named(connection, &node) {
+        return Err(SessionError::Name { node });
+    }
     shared.enter(&node, connection);
     tracing::info!(%node, peer = %connection.remote_address(), agent = %hello.agent_version, "agent connected");
     let result = agent_messages(shared, &node, &mut messages, &mut send).await;
@@ -155,6 +172,17 @@ async fn agent(
     shared.leave(&node, connection, absence);
     tracing::info!(%node, ?absence, "agent disconnected");
     result
+}
+
+/// Whether the client's own certificate names the node: any other of the same authority is another node's.
+fn is_named(connection: &Connection, node: &str) -> bool {
+    let chain = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok());
+    chain
+        .as_deref()
+        .and_then(|chain| chain.first())
+        .is_some_and(|own| certifies(own, node))
 }
 
 async fn agent_messages(

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::RootCertStore;
+use rustls::client::verify_server_name;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use stallscope_proto::ALPN;
 
 /// Where the PEM files are.
@@ -82,6 +83,17 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityErr
     } else {
         Ok(found)
     }
+}
+
+/// Whether the certificate names this host: one of its subject alternative names is `name`, or a wildcard that covers it.
+pub(crate) fn certifies(certificate: &CertificateDer<'_>, name: &str) -> bool {
+    let (Ok(parsed), Ok(name)) = (
+        ParsedCertificate::try_from(certificate),
+        ServerName::try_from(name),
+    ) else {
+        return false;
+    };
+    verify_server_name(&parsed, &name).is_ok()
 }
 
 fn provider() -> Arc<CryptoProvider> {

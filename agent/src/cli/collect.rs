@@ -30,6 +30,10 @@ pub(super) struct Args {
     /// This collector's private key (PEM)
     #[arg(long, value_name = "FILE")]
     key: PathBuf,
+    /// Take agents whose certificate does not name their node: for fleets that share one certificate. Whoever holds its key
+    /// can then speak for every node
+    #[arg(long)]
+    any_name: bool,
 }
 
 pub(super) fn run(args: Args) -> ExitCode {
@@ -40,12 +44,14 @@ pub(super) fn run(args: Args) -> ExitCode {
         ca,
         cert,
         key,
+        any_name,
     } = args;
     let config = CollectorConfig {
         listen,
         store,
         max_bytes,
         identity: IdentityFiles { ca, cert, key },
+        any_name,
         board: BoardLimits::default(),
         limits: Limits::default(),
     };

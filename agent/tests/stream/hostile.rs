@@ -9,6 +9,8 @@ use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
 use prost::Message;
 use quinn::{ConnectionError, Endpoint, RecvStream, SendStream};
+use stallscope::store::Spool;
+use stallscope_collector::Collector;
 use stallscope_collector::tls::{Identity, IdentityFiles};
 use stallscope_proto::v1::{self, client_message};
 use stallscope_proto::{SCHEMA, close, frame};
@@ -136,6 +138,21 @@ fn attacks() -> Vec<(&'static str, Vec<u8>, u32)> {
             greeted(&batch(ascending)),
             close::PROTOCOL,
         ),
+        (
+            "a number nobody counts to",
+            greeted(&batch(vec![gap_record("evil", 666, u64::MAX).encode()])),
+            close::PROTOCOL,
+        ),
+        (
+            "a number just too far ahead",
+            greeted(&batch(vec![gap_record("evil", 666, (1 << 32) + 1).encode()])),
+            close::PROTOCOL,
+        ),
+        (
+            "another node's name",
+            hello("good", SCHEMA).to_vec(),
+            close::PROTOCOL,
+        ),
         ("nothing at all", vec![], close::PROTOCOL),
     ]
 }
@@ -251,4 +268,47 @@ async fn a_second_agent_of_the_same_name_takes_over_and_the_first_is_told() {
     let code = first.send_all(&[]).await;
     assert_eq!(code, u64::from(close::SUPERSEDED));
     collector.stop().await;
+}
+
+/// Anybody with one node's key could otherwise take over any node, and make its messages duplicates.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_speaks_for_the_node_it_names_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "ours");
+    let store = dir.path().join("store");
+    let collector = lab::collector(&authority, &store).await;
+    let shared = authority.issue("n1");
+    let target = |collector: &Collector| lab::target(collector.local_addr().unwrap(), &shared);
+
+    let other = lab::agent(
+        target(&collector),
+        "n2",
+        1,
+        Arc::new(MemorySpool::new(usize::MAX)),
+    );
+    other.spool.append("n2", 1);
+    let told = other.trouble("does not name node \"n2\"").await;
+    assert!(told.contains("set `node`"), "for who owns the node: {told}");
+    assert!(told.contains("--any-name"), "for who owns the collector: {told}");
+    assert_eq!(other.spool.last_acked(), 0);
+    other.stop().await;
+    collector.stop().await;
+    assert!(lab::stored(&store).is_empty());
+
+    let mut config = lab::collector_config(&authority, &store);
+    config.any_name = true;
+    let collector = Collector::start(config).await.unwrap();
+    for node in ["n1", "n2"] {
+        let agent = lab::agent(
+            target(&collector),
+            node,
+            1,
+            Arc::new(MemorySpool::new(usize::MAX)),
+        );
+        agent.spool.append(node, 1);
+        agent.caught_up().await;
+        agent.stop().await;
+    }
+    collector.stop().await;
+    assert_eq!(lab::stored(&store).len(), 2);
 }

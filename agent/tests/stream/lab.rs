@@ -69,6 +69,7 @@ pub(crate) fn collector_config(authority: &Authority, store: &Path) -> Collector
         store: store.to_owned(),
         max_bytes: 64 << 20,
         identity: authority.issue("collector"),
+        any_name: false,
         board: BoardLimits::default(),
         limits: Limits::default(),
     }

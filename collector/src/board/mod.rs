@@ -44,6 +44,9 @@ impl Default for BoardLimits {
     }
 }
 
+/// How far ahead of the last known a message's number may be: a thousand messages a second for 50 days.
+pub const MOST_AHEAD: u64 = 1 << 32;
+
 /// What is to be done with a message, by its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
@@ -53,6 +56,8 @@ pub enum Admission {
     Duplicate,
     /// There are too many nodes already.
     TooManyNodes,
+    /// It is more than [`MOST_AHEAD`] ahead: taking it would make a duplicate of whatever comes after.
+    TooFarAhead,
 }
 
 /// Nodes, streams and jobs.
@@ -84,6 +89,14 @@ impl Board {
             None if self.nodes.len() >= self.limits.max_nodes => Admission::TooManyNodes,
             Some(known) if known.boot(boot_id).is_some_and(|boot| sequence <= boot.last_seq) => {
                 Admission::Duplicate
+            }
+            known
+                if sequence
+                    > known
+                        .map_or(0, |node| node.counted(boot_id))
+                        .saturating_add(MOST_AHEAD) =>
+            {
+                Admission::TooFarAhead
             }
             None | Some(_) => Admission::New,
         }

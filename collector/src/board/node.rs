@@ -62,6 +62,12 @@ impl Node {
         self.boots.iter().find(|boot| boot.id == id)
     }
 
+    /// How far the boot has counted; for a new one, how far any did: numbers go on in a store from boot to boot.
+    pub(super) fn counted(&self, boot_id: u64) -> u64 {
+        let any = || self.boots.iter().map(|boot| boot.last_seq).max().unwrap_or(0);
+        self.boot(boot_id).map_or_else(any, |boot| boot.last_seq)
+    }
+
     pub(super) fn boot_mut(&mut self, id: u64) -> &mut Boot {
         let index = self
             .boots
