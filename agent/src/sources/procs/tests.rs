@@ -402,18 +402,22 @@ fn the_packaged_units_capabilities_open_what_a_process_maps() {
         .collect();
     let mut child = Command::new("sleep").arg("60").spawn().unwrap();
     let mapped = format!("/proc/{}/map_files", child.id());
-    let range = std::fs::read_dir(&mapped)
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path();
-    let opened = Command::new("setpriv")
-        .args(["--bounding-set", &format!("-all,{}", only.join(","))])
-        .args(["--", "head", "-c", "4"])
-        .arg(range)
-        .output()
-        .unwrap();
+    let open = || {
+        let range = std::fs::read_dir(&mapped).unwrap().next()?.unwrap().path();
+        Command::new("setpriv")
+            .args(["--bounding-set", &format!("-all,{}", only.join(","))])
+            .args(["--", "head", "-c", "4"])
+            .arg(range)
+            .output()
+            .ok()
+    };
+    // A process is there before its program is mapped.
+    let opened = (0..100)
+        .find_map(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            open()
+        })
+        .expect("a mapped program and setpriv");
     child.kill().unwrap();
     child.wait().unwrap();
     assert_eq!(
