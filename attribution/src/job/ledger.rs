@@ -277,13 +277,14 @@ const WASTEFUL_PPM: u64 = 1_150_000;
 
 /// What holds the collectives back: a port, the fabric, the links inside a node, or the way they are done.
 fn pressure(ledger: &Ledger, base: Option<&Ledger>) -> Pressure {
-    let of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
+    let mut of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
     if matches!(of_ports, Pressure::Port(_)) {
         return of_ports;
     }
-    // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network.
+    // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network. What the links
+    // and the bytes say stays.
     if of_ports == Pressure::Fabric && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice())) {
-        return Pressure::None;
+        of_ports = Pressure::None;
     }
     let down = |ledger: &Ledger| {
         ledger
