@@ -3,7 +3,7 @@
 //! Every source yields these and nothing else; recording them and replaying them gives the same budgets. Times are
 //! `CLOCK_MONOTONIC` nanoseconds.
 
-use stallscope_attribution::facts::{FlowFacts, PortFacts};
+use stallscope_attribution::facts::{FlowFacts, HardwareFacts, PortFacts};
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
@@ -161,6 +161,8 @@ pub enum Fact {
     Gpu(Box<GpuReading>),
     /// One network port between two reads, with the flows of traced processes.
     Port(Box<PortFacts>),
+    /// What a device of the node told about itself and its links.
+    Hardware(Box<HardwareFacts>),
     /// CPU quota of a process's group between two reads.
     CpuQuota {
         /// Process.

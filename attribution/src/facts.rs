@@ -4,6 +4,7 @@
 //! is what the stream carries and what ranks are joined from.
 
 mod device;
+mod hardware;
 
 use crate::budget::Budget;
 use crate::leaf::Leaf;
@@ -11,6 +12,10 @@ use crate::reading::Reading;
 use crate::time::Window;
 
 pub use device::{Activity, ClockFacts, ForeignLoad, LinkFacts};
+pub use hardware::{
+    AerSeverity, Counter, DeviceEvent, DeviceEventKind, HardwareFact, HardwareFacts, PciDevice, PciKind,
+    PciLink, QueuePair, RdmaPort,
+};
 
 /// One million parts, the unit of every share in this crate.
 pub const PPM: u64 = 1_000_000;
@@ -379,6 +384,8 @@ pub struct JobFacts {
     pub gpus: Vec<GpuHistory>,
     /// Network windows of every node.
     pub ports: Vec<PortFacts>,
+    /// What the devices of every node told about themselves and their links.
+    pub hardware: Vec<HardwareFacts>,
     /// What is missing.
     pub gaps: Vec<RecordGap>,
 }

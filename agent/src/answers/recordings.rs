@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use stallscope_attribution::facts::{GpuHistory, GpuSubject, JobFacts, PortFacts, RecordGap};
+use stallscope_attribution::facts::{GpuHistory, GpuSubject, HardwareFacts, JobFacts, PortFacts, RecordGap};
 use stallscope_report::document::Document;
 
 use super::select;
@@ -73,6 +73,7 @@ struct Jobs {
     kinds: BTreeMap<String, String>,
     gpus: BTreeMap<GpuSubject, GpuHistory>,
     ports: Vec<PortFacts>,
+    hardware: Vec<HardwareFacts>,
     gaps: Vec<RecordGap>,
 }
 
@@ -122,6 +123,7 @@ impl Jobs {
             Event::Step { subject, step } => self.gpu(&subject).steps.push(*step),
             Event::Span { subject, span } => self.gpu(&subject).spans.push(*span),
             Event::Port(port) => self.ports.push(*port),
+            Event::Hardware(facts) => self.hardware.push(*facts),
             Event::Gap(gap) => self.gaps.push(gap),
             Event::Gone { .. } => {}
         }
@@ -153,6 +155,7 @@ impl Jobs {
             job,
             gpus,
             ports: self.ports.clone(),
+            hardware: self.hardware.clone(),
             gaps: self.gaps.clone(),
         };
         jobs.into_iter().map(facts).collect()

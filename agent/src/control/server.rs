@@ -282,6 +282,7 @@ fn keep_since(facts: &mut JobFacts, since_ns: u64) {
         .gpus
         .retain(|gpu| !gpu.steps.is_empty() || !gpu.spans.is_empty());
     facts.ports.retain(|port| port.window.end_ns() >= since_ns);
+    facts.hardware.retain(|device| device.window.end_ns() >= since_ns);
 }
 
 fn agent_status(status: &Status, now_ns: u64) -> AgentStatus {

@@ -128,6 +128,7 @@ fn process_or_device(wire: Wire) -> Result<Fact, WireError> {
         },
         Wire::Gpu(reading) => Fact::Gpu(Box::new(gpu(reading)?)),
         Wire::Port(port) => Fact::Port(Box::new(port.into_facts("")?)),
+        Wire::Hardware(facts) => Fact::Hardware(Box::new(facts.into_facts("")?)),
         Wire::CpuQuota(quota) => Fact::CpuQuota {
             process: key(quota.process)?,
             throttled_ns: uint("quota.throttled_ns", quota.throttled_ns)?,

@@ -112,6 +112,7 @@ fn fact(fact: &Fact) -> Wire {
         Fact::Gpu(reading) => Wire::Gpu(gpu(reading)),
         // No sender: the node is always named.
         Fact::Port(port) => Wire::Port(v1::PortFacts::new("", port)),
+        Fact::Hardware(facts) => Wire::Hardware(v1::HardwareFacts::new("", facts)),
         Fact::CpuQuota {
             process,
             throttled_ns,

@@ -139,6 +139,10 @@ impl History {
             .iter()
             .for_each(|port| status.recent.push_port(port.clone()));
         stored
+            .hardware()
+            .iter()
+            .for_each(|facts| status.recent.push_hardware(facts.clone()));
+        stored
             .gaps()
             .iter()
             .for_each(|gap| status.recent.push_gap(gap.clone()));
@@ -229,6 +233,7 @@ impl History {
                 Event::Step { subject, step } => status.recent.push_step(&subject, *step),
                 Event::Span { subject, span } => status.recent.push_span(&subject, *span),
                 Event::Port(port) => status.recent.push_port(*port),
+                Event::Hardware(facts) => status.recent.push_hardware(*facts),
                 Event::Gap(gap) => status.recent.push_gap(gap),
                 Event::Gone { .. } => {}
             }

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use stallscope_attribution::facts::{GpuHistory, GpuStep, GpuSubject, JobFacts, PortFacts, RecordGap, Span};
+use stallscope_attribution::facts::{
+    GpuHistory, GpuStep, GpuSubject, HardwareFacts, JobFacts, PortFacts, RecordGap, Span,
+};
 
 use crate::observation::GpuReading;
 
@@ -13,6 +15,8 @@ pub const RECENT_STEPS: usize = 512;
 pub const RECENT_SPANS: usize = 64;
 /// Most recent port windows kept for the node.
 pub const RECENT_PORTS: usize = 512;
+/// Windows and events of devices kept.
+pub const RECENT_HARDWARE: usize = 2_048;
 /// Most recent jobs kept.
 pub const RECENT_JOBS: usize = 32;
 /// Most steps and spans kept of all jobs together, about 1.2 KiB each; of the jobs heard of last.
@@ -138,6 +142,7 @@ pub struct Recent {
     /// Steps and spans of all jobs.
     entries: usize,
     ports: VecDeque<PortFacts>,
+    hardware: VecDeque<HardwareFacts>,
     gaps: VecDeque<RecordGap>,
 }
 
@@ -245,6 +250,11 @@ impl Recent {
         push_bounded(&mut self.ports, port, RECENT_PORTS);
     }
 
+    /// Remembers what a device told.
+    pub fn push_hardware(&mut self, facts: HardwareFacts) {
+        push_bounded(&mut self.hardware, facts, RECENT_HARDWARE);
+    }
+
     /// Adds a gap.
     pub fn push_gap(&mut self, gap: RecordGap) {
         push_bounded(&mut self.gaps, gap, RECENT_GAPS);
@@ -291,6 +301,7 @@ impl Recent {
                     })
                     .collect(),
                 ports: self.ports.iter().cloned().collect(),
+                hardware: self.hardware.iter().cloned().collect(),
                 gaps: self.gaps.iter().cloned().collect(),
             })
             .collect()

@@ -6,7 +6,9 @@ use std::io;
 use std::path::Path;
 
 use bytes::Bytes;
-use stallscope_attribution::facts::{GpuHistory, GpuStep, GpuSubject, JobFacts, PortFacts, RecordGap, Span};
+use stallscope_attribution::facts::{
+    GpuHistory, GpuStep, GpuSubject, HardwareFacts, JobFacts, PortFacts, RecordGap, Span,
+};
 use stallscope_proto::convert::{KnownSubjects, Payload, Record};
 
 use super::segment::{Messages, Next, Segment};
@@ -37,6 +39,7 @@ impl Default for Scope {
 pub struct StoredJobs {
     jobs: BTreeMap<String, StoredJob>,
     ports: VecDeque<PortFacts>,
+    hardware: VecDeque<HardwareFacts>,
     gaps: VecDeque<RecordGap>,
     /// Messages that could not be understood or whose subject is not known.
     pub refused: u64,
@@ -101,6 +104,12 @@ impl StoredJobs {
         &self.ports
     }
 
+    /// What devices told, oldest first.
+    #[must_use]
+    pub const fn hardware(&self) -> &VecDeque<HardwareFacts> {
+        &self.hardware
+    }
+
     /// Gaps, newest last.
     #[must_use]
     pub const fn gaps(&self) -> &VecDeque<RecordGap> {
@@ -126,6 +135,7 @@ impl StoredJobs {
     #[must_use]
     pub fn into_job_facts(self) -> Vec<JobFacts> {
         let (ports, gaps): (Vec<_>, Vec<_>) = (self.ports.into(), self.gaps.into());
+        let hardware: Vec<_> = self.hardware.into();
         let history = |(subject, gpu): (GpuSubject, StoredGpu)| GpuHistory {
             subject,
             steps: gpu.steps.into(),
@@ -140,6 +150,7 @@ impl StoredJobs {
             },
             gpus: job.gpus.into_iter().map(history).collect(),
             ports: ports.clone(),
+            hardware: hardware.clone(),
             gaps: gaps.clone(),
         };
         self.jobs.into_iter().map(facts).collect()
@@ -196,6 +207,11 @@ impl StoredJobs {
             Payload::Port(port) => {
                 if wanted(port.window.end_ns(), port.realtime_offset_ns) {
                     push(&mut self.ports, port, scope.most);
+                }
+            }
+            Payload::Hardware(facts) => {
+                if wanted(facts.window.end_ns(), facts.realtime_offset_ns) {
+                    push(&mut self.hardware, facts, scope.most);
                 }
             }
             Payload::Gap(gap) => push(&mut self.gaps, gap, scope.most),

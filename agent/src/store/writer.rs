@@ -82,6 +82,7 @@ impl Writer {
                 span: span.clone(),
             }),
             Event::Port(port) => self.append(&Payload::Port((**port).clone())),
+            Event::Hardware(facts) => self.append(&Payload::Hardware((**facts).clone())),
             Event::Gap(gap) => self.append(&Payload::Gap(gap.clone())),
         };
         match result {
@@ -161,6 +162,7 @@ fn covers(event: &Event) -> Option<Window> {
         Event::Step { step, .. } => shifted(step.window, step.realtime_offset_ns),
         Event::Span { span, .. } => shifted(span.window, span.realtime_offset_ns),
         Event::Port(port) => shifted(port.window, port.realtime_offset_ns),
+        Event::Hardware(facts) => shifted(facts.window, facts.realtime_offset_ns),
         Event::Gap(gap) => gap.window,
         Event::Subject { .. } | Event::Gone { .. } => None,
     }

@@ -28,7 +28,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use stallscope_attribution::budget::{self, Budget};
-use stallscope_attribution::facts::{GpuStep, GpuSubject, PortFacts, RecordGap, Span, SpanKind};
+use stallscope_attribution::facts::{
+    GpuStep, GpuSubject, HardwareFacts, PortFacts, RecordGap, Span, SpanKind,
+};
 use stallscope_attribution::time::Window;
 
 pub use process::{FIXED_NS, LONGEST_STEP_NS, SEARCH_NS, SETTLE_NS};
@@ -70,6 +72,8 @@ pub enum Event {
     },
     /// A network window.
     Port(Box<PortFacts>),
+    /// What a device told about itself and its links.
+    Hardware(Box<HardwareFacts>),
     /// Something is missing.
     Gap(RecordGap),
     /// The process is gone and everything about it has been told.
@@ -181,6 +185,7 @@ impl Timeline {
             }
             Fact::Gpu(reading) => self.gpu_reading(window, &reading),
             Fact::Port(port) => events.push(Event::Port(port)),
+            Fact::Hardware(facts) => events.push(Event::Hardware(facts)),
             Fact::Lost { ring, count } => self.lost(ring, count, window, events),
             Fact::RealtimeOffset { ns } => self.realtime_offset_ns = ns,
             fact => self.thread_fact(window, &fact),
@@ -458,6 +463,7 @@ fn process_of(fact: &Fact) -> Option<ProcessKey> {
         | Fact::ProcessGone(_)
         | Fact::Gpu(_)
         | Fact::Port(_)
+        | Fact::Hardware(_)
         | Fact::Lost { .. }
         | Fact::RealtimeOffset { .. } => return None,
     };

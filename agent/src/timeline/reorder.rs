@@ -86,7 +86,7 @@ fn key(observation: &Observation) -> Key {
         Fact::FileIoFolded { process, bytes, .. } => (12, u64::from(process.pid), *bytes ^ (1 << 63)),
         Fact::StepWaits { thread, .. } => (12, thread_id(thread), 1 << 62),
         Fact::Gpu(reading) => (13, u64::from(reading.gpu), 0),
-        Fact::Port(_) => (14, 0, 0),
+        Fact::Port(_) | Fact::Hardware(_) => (14, 0, 0),
         Fact::CpuQuota { process, .. } => (15, u64::from(process.pid), 0),
         Fact::Lost { count, .. } => (16, 0, *count),
         Fact::CommDestroyed { thread, comm } => (17, thread_id(thread), *comm),

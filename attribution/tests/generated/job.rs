@@ -375,7 +375,7 @@ proptest! {
         gpus in (0_u32..5).prop_flat_map(|count| (0..count).map(any_history).collect::<Vec<_>>()),
         ports in proptest::collection::vec(any_port(), 0..6),
     ) {
-        let facts = JobFacts { job: "j".into(), kind: "other".into(), gpus, ports, gaps: Vec::new() };
+        let facts = JobFacts { job: "j".into(), kind: "other".into(), gpus, ports, hardware: Vec::new(), gaps: Vec::new() };
         check(&facts, &analyse(&facts));
     }
 

@@ -65,6 +65,10 @@ impl Board {
                 .flat_map(|(_, node)| node.ports_since(since_ns))
                 .cloned()
                 .collect(),
+            hardware: nodes()
+                .flat_map(|(_, node)| node.hardware_since(since_ns))
+                .cloned()
+                .collect(),
             gaps,
         })
     }

@@ -141,6 +141,14 @@ impl Board {
                 node.add_port(port, self.limits.window_ns);
                 Ok(())
             }
+            Payload::Hardware(hardware) => {
+                node.heard_of(
+                    &node_name,
+                    realtime(hardware.window.end_ns(), hardware.realtime_offset_ns),
+                );
+                node.add_hardware(hardware, self.limits.window_ns);
+                Ok(())
+            }
             Payload::Gap(gap) => {
                 node.add_gap(gap);
                 Ok(())
@@ -332,6 +340,7 @@ fn speaks_of(node: &str, payload: &Payload) -> Result<(), WireError> {
     let (field, named) = match payload {
         Payload::Subject { entry, .. } => ("subject.node", &entry.subject.node),
         Payload::Port(port) => ("port.node", &port.node),
+        Payload::Hardware(hardware) => ("hardware.node", &hardware.node),
         Payload::Gap(gap) => ("gap.node", &gap.node),
         Payload::Step { .. } | Payload::Span { .. } => return Ok(()),
     };

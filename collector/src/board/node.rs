@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use stallscope_attribution::facts::{PortFacts, RecordGap};
+use stallscope_attribution::facts::{HardwareFacts, PortFacts, RecordGap};
 use stallscope_attribution::time::Window;
 use stallscope_proto::convert::{KnownSubjects, SubjectEntry, WireError};
 use stallscope_proto::v1;
@@ -13,6 +13,8 @@ use super::realtime;
 const MAX_BOOTS: usize = 64;
 const MAX_GAPS: usize = 256;
 const MAX_PORT_WINDOWS: usize = 16_384;
+/// Sixteen devices told every two seconds for an hour.
+const MAX_HARDWARE_WINDOWS: usize = 32_768;
 /// Subjects of one frame of stream state, so that it fits a frame.
 const SUBJECTS_PER_STATE: usize = 256;
 
@@ -42,6 +44,7 @@ pub(super) struct Node {
     /// In order of their first message.
     boots: Vec<Boot>,
     pub(super) ports: VecDeque<PortFacts>,
+    pub(super) hardware: VecDeque<HardwareFacts>,
     pub(super) gaps: VecDeque<RecordGap>,
     forgotten_gaps: u64,
     /// When it last said anything, `CLOCK_REALTIME` of the collector.
@@ -199,6 +202,24 @@ impl Node {
     pub(super) fn ports_since(&self, since_ns: u64) -> impl Iterator<Item = &PortFacts> {
         let end_ns = |port: &PortFacts| realtime(port.window.end_ns(), port.realtime_offset_ns);
         self.ports.iter().filter(move |port| end_ns(port) > since_ns)
+    }
+
+    /// What devices told is kept like the windows of ports.
+    pub(super) fn add_hardware(&mut self, facts: HardwareFacts, window_ns: u64) {
+        let end_ns = |facts: &HardwareFacts| realtime(facts.window.end_ns(), facts.realtime_offset_ns);
+        let keep_ns = end_ns(&facts).saturating_sub(window_ns);
+        self.hardware.push_back(facts);
+        while self.hardware.len() > MAX_HARDWARE_WINDOWS
+            || self.hardware.front().is_some_and(|facts| end_ns(facts) < keep_ns)
+        {
+            self.hardware.pop_front();
+        }
+    }
+
+    /// What devices told that ended after a time.
+    pub(super) fn hardware_since(&self, since_ns: u64) -> impl Iterator<Item = &HardwareFacts> {
+        let end_ns = |facts: &HardwareFacts| realtime(facts.window.end_ns(), facts.realtime_offset_ns);
+        self.hardware.iter().filter(move |facts| end_ns(facts) > since_ns)
     }
 
     pub(super) fn connected(&mut self, now_ns: u64) {

@@ -4,6 +4,7 @@
 //! clipped or defaulted.
 
 mod budget;
+mod hardware;
 mod network;
 mod reading;
 mod record;

@@ -6,7 +6,7 @@ use super::reading::uint_reading;
 use super::{WireError, name, text_of};
 use crate::v1;
 
-fn node_of(field: &'static str, wire: String, sender: &str) -> Result<String, WireError> {
+pub(super) fn node_of(field: &'static str, wire: String, sender: &str) -> Result<String, WireError> {
     if wire.is_empty() {
         Ok(sender.to_owned())
     } else {
@@ -14,7 +14,7 @@ fn node_of(field: &'static str, wire: String, sender: &str) -> Result<String, Wi
     }
 }
 
-fn node_to_wire(node: &str, sender: &str) -> String {
+pub(super) fn node_to_wire(node: &str, sender: &str) -> String {
     if node == sender {
         String::new()
     } else {

@@ -1,6 +1,6 @@
 //! Readings: value, not measured, unsupported and failed stay apart on the wire.
 
-use stallscope_attribution::facts::{Activity, ClockFacts, ForeignLoad, LinkFacts};
+use stallscope_attribution::facts::{Activity, ClockFacts, ForeignLoad, LinkFacts, PciLink};
 use stallscope_attribution::reading::Reading;
 
 use super::WireError;
@@ -46,6 +46,7 @@ reading_message!(ActivityReading, activity_reading, Activity);
 reading_message!(ClockReading, clock_reading, ClockFacts);
 reading_message!(ForeignReading, foreign_reading, ForeignLoad);
 reading_message!(LinkReading, link_reading, LinkFacts);
+reading_message!(PciLinkReading, pci_link_reading, PciLink);
 
 impl From<Activity> for v1::Activity {
     fn from(activity: Activity) -> Self {

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use prost::Message;
-use stallscope_attribution::facts::{GpuStep, PortFacts, RecordGap, Span};
+use stallscope_attribution::facts::{GpuStep, HardwareFacts, PortFacts, RecordGap, Span};
 
 use super::{SubjectEntry, WireError, name, text_of};
 use crate::v1;
@@ -47,6 +47,8 @@ pub enum Payload {
     },
     /// A port's window.
     Port(PortFacts),
+    /// What a device told over a window.
+    Hardware(HardwareFacts),
     /// Something is missing.
     Gap(RecordGap),
 }
@@ -64,6 +66,7 @@ impl Payload {
             Self::Step { subject, step } => Body::Step(v1::GpuStep::new(*subject, step)),
             Self::Span { subject, span } => Body::Span(v1::Span::new(*subject, span)),
             Self::Port(port) => Body::Port(v1::PortFacts::new(sender, port)),
+            Self::Hardware(facts) => Body::Hardware(v1::HardwareFacts::new(sender, facts)),
             Self::Gap(gap) => Body::Gap(v1::RecordGap::new(sender, gap)),
         }
     }
@@ -89,6 +92,7 @@ impl Payload {
                 span: Box::new(span.try_into()?),
             },
             Body::Port(port) => Self::Port(port.into_facts(sender)?),
+            Body::Hardware(facts) => Self::Hardware(facts.into_facts(sender)?),
             Body::Gap(gap) => Self::Gap(gap.into_gap(sender)?),
         })
     }

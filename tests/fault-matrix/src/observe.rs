@@ -68,6 +68,7 @@ pub fn facts(variant: &Variant, job: &Job) -> JobFacts {
         kind: if is(Fault::Decode) { "decode" } else { "pretrain" }.into(),
         gpus,
         ports: network::ports(variant, job, &clocks),
+        hardware: Vec::new(),
         gaps,
     }
 }

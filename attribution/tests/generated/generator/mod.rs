@@ -290,6 +290,7 @@ pub(crate) fn make(scenario: &Scenario) -> Made {
             .map(|(at, rank)| history(scenario, at, rank))
             .collect(),
         ports,
+        hardware: Vec::new(),
         gaps: Vec::new(),
     };
     let lost_us = actual_us.saturating_sub(healthy_us);
