@@ -2,8 +2,9 @@
 
 use stallscope_attribution::budget::Budget;
 use stallscope_attribution::facts::{
-    Activity, ClockFacts, FlowFacts, ForeignLoad, GpuStep, GpuSubject, LeafInterval, PortFacts, RecordGap,
-    Span, SpanKind, StepMethod, StepSignals,
+    Activity, AerSeverity, ClockFacts, Counter, DeviceEvent, DeviceEventKind, FlowFacts, ForeignLoad,
+    GpuStep, GpuSubject, HardwareFact, HardwareFacts, LeafInterval, PciDevice, PciKind, PciLink, PortFacts,
+    QueuePair, RdmaPort, RecordGap, Span, SpanKind, StepMethod, StepSignals,
 };
 use stallscope_attribution::leaf::Leaf;
 use stallscope_attribution::reading::Reading;
@@ -202,5 +203,121 @@ pub(crate) fn every_kind() -> Vec<(&'static str, Record)> {
         ),
         ("port", record(5, Payload::Port(port()))),
         ("gap", record(6, Payload::Gap(gap))),
+        hardware("rdma_port", 7, HardwareFact::RdmaPort(rdma_port())),
+        hardware("queue_pair", 8, HardwareFact::QueuePair(queue_pair())),
+        hardware("pci_device", 9, HardwareFact::Pci(pci_device())),
+        hardware("pci_bare", 10, HardwareFact::Pci(bare_pci_device())),
+        event(
+            "aer",
+            11,
+            DeviceEventKind::Aer {
+                severity: AerSeverity::NonFatal,
+                status: 0x4000,
+            },
+        ),
+        event(
+            "xid",
+            12,
+            DeviceEventKind::Xid {
+                code: 79,
+                message: "GPU has fallen off the bus.".into(),
+            },
+        ),
+        event(
+            "verbs",
+            13,
+            DeviceEventKind::Verbs {
+                device: "mlx5_3".into(),
+                event: 9,
+                element: 1,
+            },
+        ),
     ]
+}
+
+fn hardware(name: &'static str, sequence: u64, fact: HardwareFact) -> (&'static str, Record) {
+    let facts = HardwareFacts {
+        node: "n1".into(),
+        window: Window::new(1_000, 2_000_001_000).unwrap(),
+        realtime_offset_ns: -1,
+        fact,
+    };
+    (name, record(sequence, Payload::Hardware(facts)))
+}
+
+fn event(name: &'static str, sequence: u64, kind: DeviceEventKind) -> (&'static str, Record) {
+    let pci = "0000:b3:00.0".to_owned();
+    hardware(name, sequence, HardwareFact::Event(DeviceEvent { pci, kind }))
+}
+
+fn rdma_port() -> RdmaPort {
+    RdmaPort {
+        device: "mlx5_3".into(),
+        port: 1,
+        pci: "0000:b4:00.0".into(),
+        netdev: "ens3f0np0".into(),
+        link_layer: "Ethernet".into(),
+        active: Reading::Value(false),
+        rate_bytes_per_s: Reading::Value(50_000_000_000),
+        counters: vec![
+            Counter {
+                name: "np_cnp_sent".into(),
+                growth: Reading::Value(0),
+            },
+            Counter {
+                name: "made.by_a_newer_driver".into(),
+                growth: Reading::Failed("was reset".into()),
+            },
+            Counter {
+                name: "port_xmit_wait".into(),
+                growth: Reading::Unsupported,
+            },
+        ],
+    }
+}
+
+fn queue_pair() -> QueuePair {
+    QueuePair {
+        pid: 4711,
+        device: "mlx5_3".into(),
+        port: 1,
+        number: 0x00ab_cdef,
+        transport: "RC".into(),
+        peer: "::ffff:10.0.0.2".into(),
+        peer_number: 17,
+        posts: 1_000,
+        posted_bytes: 65_536_000,
+        refused: 1,
+        in_error: true,
+    }
+}
+
+fn pci_device() -> PciDevice {
+    PciDevice {
+        address: "0000:b4:00.0".into(),
+        kind: PciKind::Nic,
+        name: "mlx5_3".into(),
+        link: Reading::Value(PciLink {
+            rate_mt_per_s: 16_000,
+            lanes: 8,
+            best_rate_mt_per_s: 32_000,
+            best_lanes: 16,
+            under_load: true,
+        }),
+        path: vec!["0000:b2:01.0".into(), "0000:b0:00.0".into()],
+        numa_node: Reading::Value(0),
+        errors: vec![Counter {
+            name: "aer_dev_correctable.RxErr".into(),
+            growth: Reading::Value(3),
+        }],
+    }
+}
+
+fn bare_pci_device() -> PciDevice {
+    PciDevice {
+        address: "0000:00:02.0".into(),
+        link: Reading::Unsupported,
+        numa_node: Reading::Failed("it could not be read".into()),
+        ..PciDevice::default()
+    }
 }
