@@ -8,6 +8,7 @@
 //! without overlap, to the nanosecond.
 
 mod checkpoint;
+mod endings;
 mod evidence;
 mod gpu;
 mod host;
@@ -37,6 +38,7 @@ pub use process::{FIXED_NS, LONGEST_STEP_NS, SEARCH_NS, SETTLE_NS};
 pub use reorder::HOLD_NS;
 
 use crate::observation::{Fact, GpuReading, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
+use endings::Endings;
 use gpu::GpuCounters;
 use process::{Cut, CutKind, Process};
 use subject::DeviceIdentity;
@@ -110,6 +112,7 @@ pub struct Timeline {
     gpus: BTreeMap<u32, GpuCounters>,
     devices: BTreeMap<u32, DeviceIdentity>,
     resume: Vec<(GpuSubject, u64)>,
+    endings: Endings,
     counters: Counters,
 }
 
@@ -127,6 +130,7 @@ impl Timeline {
             gpus: BTreeMap::new(),
             devices: BTreeMap::new(),
             resume: Vec::new(),
+            endings: Endings::default(),
             counters: Counters::default(),
         }
     }
@@ -173,6 +177,7 @@ impl Timeline {
     fn handle(&mut self, observation: Observation, events: &mut Vec<Event>) {
         let Observation { window, fact } = observation;
         self.clock_ns = self.clock_ns.max(window.end_ns());
+        self.name_endings(events);
         match fact {
             Fact::Process(facts) => self.process(*facts, window),
             Fact::ProcessGone(key) => {
@@ -283,6 +288,25 @@ impl Timeline {
         }
     }
 
+    /// Names ranks that ended while others of their job went on.
+    fn name_endings(&mut self, events: &mut Vec<Event>) {
+        let processes = &self.processes;
+        for ended in self
+            .endings
+            .alone(self.clock_ns, |key| processes.contains_key(key))
+        {
+            events.push(Event::Gap(RecordGap {
+                node: self.node.clone(),
+                window: self.realtime(Window::instant(ended.at_ns)),
+                what: format!(
+                    "rank {} (process {}, GPU {}) ended while {} of the job's processes on the node went on",
+                    ended.subject.rank, ended.subject.pid, ended.subject.gpu, ended.others
+                ),
+                count: 0,
+            }));
+        }
+    }
+
     /// Ends the account of a process.
     fn gone(&mut self, key: ProcessKey, at_ns: u64, events: &mut Vec<Event>) {
         let Some(process) = self.processes.get_mut(&key) else {
@@ -298,6 +322,15 @@ impl Timeline {
         }
         self.helpers.retain(|_, owner| *owner != key);
         if let Some(subject) = self.processes.remove(&key).and_then(|process| process.announced) {
+            let of_job = |other: &Process| {
+                other
+                    .announced
+                    .as_ref()
+                    .is_some_and(|other| other.job == subject.job)
+            };
+            let others = self.processes.iter().filter(|(_, other)| of_job(other));
+            let others = others.map(|(other, _)| *other).collect();
+            self.endings.ended(subject.clone(), at_ns, others);
             events.push(Event::Gone {
                 subject: Arc::new(subject),
             });

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use stallscope_attribution::facts::{GpuHistory, JobFacts, RecordGap};
+use stallscope_attribution::facts::{GpuHistory, GpuSubject, JobFacts, RecordGap};
 use stallscope_attribution::time::Window;
 
 use super::Board;
-use super::job::Job;
+use super::job::{Gpu, Job};
 use super::node::{Absence, Node};
 
 /// A node that said nothing for longer than this is unreachable, ns.
@@ -36,6 +36,11 @@ impl Board {
         let mut gaps: Vec<RecordGap> = nodes().flat_map(|(name, node)| node.all_gaps(name)).collect();
         gaps.retain(|gap| gap.window.is_none_or(|window| window.end_ns() > since_ns));
         gaps.extend(nodes().filter_map(|(name, node)| self.silence(name, node, job, now_ns)));
+        gaps.extend(
+            newest
+                .iter()
+                .filter_map(|(subject, gpu)| self.silent_rank(subject, gpu, job)),
+        );
         gaps.extend(self.full.as_ref().map(|(full_ns, why)| RecordGap {
             node: String::new(),
             window: Window::new(*full_ns, now_ns.max(*full_ns)),
@@ -82,6 +87,30 @@ impl Board {
             .into_iter()
             .flat_map(|job| job.gpus.values());
         gpus.map(|gpu| gpu.forgotten_to_ns).max().unwrap_or(0)
+    }
+
+    /// A rank of which nothing is told while its node tells of other things and other ranks go on. Where other ranks of
+    /// the job are on the node, its agent says so itself.
+    fn silent_rank(&self, subject: &GpuSubject, gpu: &Gpu, job: &Job) -> Option<RecordGap> {
+        let node = self.nodes.get(&subject.node)?;
+        let went_on = |other: &&GpuSubject| other.node == subject.node && other.rank != subject.rank;
+        if job.gpus.keys().any(|other| went_on(&other)) {
+            return None;
+        }
+        let job_ns = job.gpus.values().map(|gpu| gpu.last_ns).max().unwrap_or(0);
+        let behind_ns = job_ns.min(node.told_to_ns).saturating_sub(gpu.last_ns);
+        (behind_ns > UNREACHABLE_NS).then(|| RecordGap {
+            node: subject.node.clone(),
+            window: Window::new(gpu.last_ns, gpu.last_ns + behind_ns),
+            what: format!(
+                "rank {} (process {}, GPU {}) tells nothing while other ranks go on (for {} s)",
+                subject.rank,
+                subject.pid,
+                subject.gpu,
+                behind_ns / 1_000_000_000
+            ),
+            count: 0,
+        })
     }
 
     /// A node that fell silent while its job, or the clock, went on.

@@ -2,8 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use stallscope_attribution::budget::Budget;
-use stallscope_attribution::facts::{GpuStep, GpuSubject, StepMethod, StepSignals};
+use stallscope_attribution::facts::{GpuStep, GpuSubject, PortFacts, StepMethod, StepSignals};
 use stallscope_attribution::leaf::Leaf;
+use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 use stallscope_proto::convert::{Payload, Record, SubjectEntry};
 use stallscope_proto::v1;
@@ -101,6 +102,44 @@ fn gap_texts(board: &Board, now_ns: u64) -> Vec<String> {
 
 fn now_ns(board: &Board) -> u64 {
     board.nodes.values().map(|node| node.heard_ns).max().unwrap()
+}
+
+#[test]
+fn a_rank_that_tells_nothing_while_its_node_and_the_job_go_on_is_named() {
+    let mut board = Board::new(BoardLimits::default());
+    for (node, rank, steps) in [("n1", 0, 40), ("n2", 1, 5)] {
+        board.connected(node, OFFSET as u64);
+        let mut agent = agent(&mut board, node, 1);
+        agent.announce(1, subject(node, rank, 100));
+        agent.steps(1, 0..steps);
+    }
+    let named = |board: &Board| {
+        let mut texts = gap_texts(board, now_ns(board));
+        texts.retain(|text| text.contains("rank"));
+        texts
+    };
+    assert_eq!(named(&board), Vec::<String>::new(), "the node itself is behind");
+    let port = PortFacts {
+        node: "n2".into(),
+        port: "eth0".into(),
+        window: Window::new(38 * SECOND, 39 * SECOND).unwrap(),
+        realtime_offset_ns: OFFSET,
+        line_bytes_per_s: Reading::NotMeasured,
+        sent_bytes: 0,
+        received_bytes: 0,
+        backlog_bytes: Reading::NotMeasured,
+        queue_overlimits: Reading::NotMeasured,
+        flows: Vec::new(),
+    };
+    let mut agent = Agent {
+        sequence: 6,
+        ..agent(&mut board, "n2", 1)
+    };
+    agent.say(Payload::Port(port));
+    assert_eq!(
+        named(&board),
+        ["n2: rank 1 (process 100, GPU 1) tells nothing while other ranks go on (for 34 s) (0)"]
+    );
 }
 
 #[test]

@@ -5,7 +5,7 @@ use stallscope_attribution::leaf::Leaf;
 use stallscope_attribution::time::Window;
 
 use super::{assert_covered, process_fed, run, spans, steps};
-use crate::observation::{CopyDirection, Fact, FileOp, ProcessRole, SyncTarget};
+use crate::observation::{CopyDirection, Fact, FileOp, ProcessFacts, ProcessKey, ProcessRole, SyncTarget};
 use crate::timeline::synthetic::{COMPUTE, MAIN, MS, PROCESS, Script, process, window};
 use crate::timeline::{Cut, CutKind, Event, Process, Timeline};
 
@@ -109,6 +109,46 @@ fn time_an_earlier_agent_did_not_see_is_named() {
     let named = |event: &Event| matches!(event, Event::Gap(gap) if gap.what.contains("rank 3"));
     assert_eq!(events.iter().filter(|event| named(event)).count(), 1);
     assert_covered(&events, 3_000 * MS, script.end_ns());
+}
+
+/// What one of two ranks of a job leaves behind that ends `gap_ms` before the other.
+fn gaps_of_endings(gap_ms: u64) -> Vec<String> {
+    let mut script = Script::new(1_000 * MS);
+    let other = ProcessKey {
+        pid: 101,
+        start_ticks: 7,
+    };
+    let facts = ProcessFacts {
+        rank: Some(2),
+        gpu: Some(0),
+        local_rank: Some(0),
+        ..process(other, ProcessRole::Gpu)
+    };
+    script.fact(0, Fact::Process(Box::new(facts)));
+    for _ in 0..40 {
+        script.step(10 * MS, 5, 100 * MS);
+    }
+    script.fact(0, Fact::ProcessGone(other));
+    script.now_ns += gap_ms * MS;
+    script.fact(0, Fact::ProcessGone(PROCESS));
+    script.now_ns += 10_000 * MS;
+    script.fact(0, Fact::RealtimeOffset { ns: 1_000 });
+    let events = run(&script.log);
+    let text = |event: &Event| match event {
+        Event::Gap(gap) => Some(gap.what.clone()),
+        _ => None,
+    };
+    events.iter().filter_map(text).collect()
+}
+
+#[test]
+fn a_rank_that_ends_alone_is_named_and_ranks_that_end_together_are_not() {
+    let alone = gaps_of_endings(5_000);
+    assert_eq!(
+        alone,
+        ["rank 2 (process 101, GPU 0) ended while 1 of the job's processes on the node went on"]
+    );
+    assert_eq!(gaps_of_endings(300), Vec::<String>::new());
 }
 
 #[test]
