@@ -10,6 +10,7 @@ use stallscope_attribution::facts::RecordGap;
 use stallscope_attribution::time::Window;
 
 use super::gpus::Gpus;
+use super::queue::Giver;
 use super::shared::Shared;
 use super::status::Condition;
 use crate::observation::{Fact, Observation, ProcessKey};
@@ -40,7 +41,7 @@ pub(super) struct Sources {
     /// News for discovery.
     pub(super) events: SyncSender<ProcessEvent>,
     /// Everything that one turn gave; what belongs together is in one batch.
-    pub(super) batches: SyncSender<Vec<Observation>>,
+    pub(super) batches: Giver,
 }
 
 /// Reads the sources.
@@ -287,6 +288,7 @@ mod tests {
 
     use std::sync::mpsc::sync_channel;
 
+    use super::super::queue;
     use super::*;
 
     fn at(at_ns: u64, fact: Fact) -> Observation {
@@ -300,7 +302,7 @@ mod tests {
     fn a_process_that_took_a_dead_ones_pid_stays_traced() {
         let (_facts, found) = sync_channel(1);
         let (events, _news) = sync_channel(1);
-        let (batches, _history) = sync_channel(1);
+        let (batches, _history) = queue::bounded(1);
         let sources = Sources {
             reader: None,
             gpus: Gpus::Missing,
@@ -324,7 +326,8 @@ mod tests {
     fn what_is_told_once_outlives_a_full_queue() {
         let (facts, found) = sync_channel(8);
         let (events, _news) = sync_channel(8);
-        let (batches, history) = sync_channel(1);
+        let (batches, history) = queue::bounded(1);
+        let next = || history.recv_timeout(Duration::ZERO).ok();
         let sources = Sources {
             reader: None,
             gpus: Gpus::Missing,
@@ -352,9 +355,9 @@ mod tests {
         batch.extend(gather.sources.found.try_iter());
         gather.hand_over(&mut batch);
         gather.hand_over(&mut vec![clock()]);
-        assert_eq!(history.try_iter().count(), 1, "the queue was full");
+        assert_eq!(std::iter::from_fn(next).count(), 1, "the queue was full");
         gather.hand_over(&mut vec![clock()]);
-        let told: Vec<Observation> = history.try_iter().flatten().collect();
+        let told: Vec<Observation> = std::iter::from_fn(next).flatten().collect();
         let once: Vec<_> = told
             .iter()
             .filter(|observation| is_told_once(observation))

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use stallscope_attribution::facts::GpuSubject;
 
 use super::own::{OwnMeter, clean};
+use super::queue::Taker;
 use super::shared::Shared;
 use super::status::{Condition, GpuStatus};
 use crate::observation::{Fact, GpuReading, Observation};
@@ -37,7 +38,7 @@ pub(super) struct History {
     ring: Option<Arc<Ring>>,
     store_dir: PathBuf,
     recorder: Option<Recorder>,
-    batches: Receiver<Vec<Observation>>,
+    batches: Taker,
     throttling: BTreeMap<u32, VecDeque<Throttled>>,
     /// Whether messages waited for the disk when last looked.
     disk_refuses: bool,
@@ -59,7 +60,7 @@ impl History {
         store_dir: &Path,
         ring: Option<Arc<Ring>>,
         recorder: Option<Recorder>,
-        batches: Receiver<Vec<Observation>>,
+        batches: Taker,
     ) -> Self {
         let writer = ring
             .as_ref()

@@ -16,6 +16,7 @@ mod gpus;
 mod history;
 mod limits;
 mod own;
+mod queue;
 mod shared;
 pub mod status;
 #[cfg(test)]
@@ -42,8 +43,6 @@ use crate::stream::{self, StreamStatus};
 use shared::Shared;
 use status::Condition;
 
-/// Batches between gathering and history: some seconds of a busy node.
-const BATCHES: usize = 64;
 /// Process events between gathering and discovery.
 const EVENTS: usize = 4_096;
 /// Facts about processes on their way to history.
@@ -52,6 +51,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// How long an agent that is ending may keep the store: the kernel takes some seconds to detach its probes.
 const TAKEOVER: Duration = Duration::from_secs(15);
 const TAKEOVER_POLL: Duration = Duration::from_millis(250);
+/// How long threads may take to end: well within what a service manager waits.
+const LONGEST_STOP: Duration = Duration::from_secs(20);
+const STOP_POLL: Duration = Duration::from_millis(10);
 
 /// Why the agent does not run at all. Anything less is named in the log, the status and the report.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +153,7 @@ async fn supervise(options: &Options) -> Result<(), RunError> {
     tracing::info!(node = %shared.node, "agent stops");
     shared.stop();
     // The stream goes on while the threads hand over what they have.
-    let joined = tokio::task::spawn_blocking(move || threads.into_iter().for_each(join)).await;
+    let joined = tokio::task::spawn_blocking(move || join_all(threads)).await;
     if let Err(error) = joined {
         tracing::error!(%error, "a thread could not be waited for");
     }
@@ -164,8 +166,36 @@ async fn supervise(options: &Options) -> Result<(), RunError> {
     Ok(())
 }
 
+/// Waits for the threads to end, but not for ever: one may hang in a system call on a file system that is gone. What
+/// the others have is handed over, and the process ends with the one that hangs.
+fn join_all(mut threads: Vec<JoinHandle<()>>) {
+    let deadline = std::time::Instant::now() + LONGEST_STOP;
+    loop {
+        let ended = threads.extract_if(.., |thread| thread.is_finished());
+        ended.for_each(join);
+        if threads.is_empty() {
+            return;
+        }
+        if std::time::Instant::now() >= deadline {
+            break;
+        }
+        std::thread::sleep(STOP_POLL);
+    }
+    for thread in threads {
+        tracing::error!(
+            thread = name_of(&thread),
+            "a thread does not end within {} s and is left behind; what it still had is not in the store",
+            LONGEST_STOP.as_secs()
+        );
+    }
+}
+
+fn name_of(thread: &JoinHandle<()>) -> String {
+    thread.thread().name().unwrap_or("unnamed").to_owned()
+}
+
 fn join(thread: JoinHandle<()>) {
-    let name = thread.thread().name().unwrap_or("unnamed").to_owned();
+    let name = name_of(&thread);
     if thread.join().is_err() {
         tracing::error!(
             thread = name,
@@ -181,7 +211,7 @@ fn start_threads(
     ring: Option<Arc<Ring>>,
     recorder: Option<Recorder>,
 ) -> Result<Vec<JoinHandle<()>>, RunError> {
-    let (batches, received) = sync_channel(BATCHES);
+    let (batches, received) = queue::queue();
     let (events, news) = sync_channel(EVENTS);
     let (facts, found) = sync_channel(FACTS);
     let (probes, reader) = load_probes(config, shared);

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use stallscope_proto::frame;
@@ -19,6 +20,8 @@ use super::{Spool, SpoolError};
 const SEGMENTS: u64 = 16;
 const LEAST_SEGMENT_BYTES: u64 = 64 << 10;
 const MOST_SEGMENT_BYTES: u64 = 8 << 20;
+/// How often the acknowledged position is written: it moves several times a second, beside a job that uses the disk too.
+const KEEP_ACKED: Duration = Duration::from_secs(5);
 
 /// Why the store cannot be opened. The agent runs on without it.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +105,8 @@ struct Inner {
     max_bytes: u64,
     segment_bytes: u64,
     acked: u64,
+    /// When the acknowledged position was last written.
+    acked_kept: Option<Instant>,
     dropped_unacked: u64,
     /// Up to here what damage cost is counted.
     damaged_to: u64,
@@ -212,13 +217,16 @@ impl Ring {
             .segments
             .back()
             .is_none_or(|segment| segment.bytes >= inner.segment_bytes);
-        if full
-            && let Some(file) = inner.active.take()
+        let ended = inner.active.take_if(|_| full);
+        let begins = inner.active.is_none();
+        // A disk may take seconds: nobody else is to wait for it.
+        drop(inner);
+        if let Some(file) = ended
             && let Err(error) = file.sync_data()
         {
             tracing::warn!(%error, "the store's last segment may be lost if the node crashes now");
         }
-        inner.active.is_none()
+        begins
     }
 
     /// Appends the message that `encode` makes for the sequence number it is given.
@@ -257,10 +265,10 @@ impl Ring {
         if let Err(error) = inner.write_waiting(&self.segments_dir()) {
             inner.refusal = Some(error.to_string());
         }
-        match &inner.active {
-            Some(file) => file.sync_data(),
-            None => Ok(()),
-        }
+        let active = inner.active.as_ref().map(File::try_clone).transpose()?;
+        // As above: the stream goes on meanwhile.
+        drop(inner);
+        active.map_or(Ok(()), |file| file.sync_data())
     }
 
     /// Bytes on disk.
@@ -296,6 +304,15 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let inner = self.inner();
+        if !inner.memory_only {
+            self.keep_acknowledged(&inner);
+        }
+    }
+}
+
 impl Spool for Ring {
     fn epoch(&self) -> u64 {
         self.epoch
@@ -318,7 +335,8 @@ impl Spool for Ring {
             inner.acked = sequence;
             if inner.memory_only {
                 inner.drop_acknowledged();
-            } else {
+            } else if inner.acked_kept.is_none_or(|kept| kept.elapsed() >= KEEP_ACKED) {
+                inner.acked_kept = Some(Instant::now());
                 self.keep_acknowledged(&inner);
             }
         }
@@ -351,6 +369,7 @@ impl Inner {
             max_bytes,
             segment_bytes: (max_bytes / SEGMENTS).clamp(LEAST_SEGMENT_BYTES, MOST_SEGMENT_BYTES),
             acked: 0,
+            acked_kept: None,
             dropped_unacked: 0,
             damaged_to: 0,
             cursor: None,

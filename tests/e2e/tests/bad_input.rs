@@ -204,15 +204,24 @@ fn a_management_library_that_hangs_stops_nothing_else() -> Result<()> {
     ensure!(built.success(), "cc failed");
     let mut agent = LoneAgent::start(&format!("[nvml]\nlibrary = \"{}\"\n", hanging.display()), &[])?;
     agent.says(&["everything else begins"])?;
+    let library = hanging.display().to_string();
+    ensure!(is_mapped(&library)?, "nobody loaded the library");
     let config = agent.home().join("stallscope.toml").display().to_string();
     ends_with(&stallscope(&["check", "--config", &config])?, 3, &["starts"])?;
     agent.stops_cleanly()?;
-    let library = hanging.display().to_string();
     eventually(Duration::from_secs(5), || {
-        let left = Command::new("pgrep").args(["-f", &library]).output()?;
-        ensure!(left.stdout.is_empty(), "a process of the agent is left");
+        ensure!(!is_mapped(&library)?, "a process of the agent is left");
         Ok(())
     })
+}
+
+/// Whether any process has the file mapped.
+fn is_mapped(file: &str) -> Result<bool> {
+    let maps = fs::read_dir("/proc")?.filter_map(|entry| Some(entry.ok()?.path().join("maps")));
+    // Processes end meanwhile, and what is no process has no maps.
+    Ok(maps
+        .filter_map(|maps| fs::read_to_string(maps).ok())
+        .any(|maps| maps.contains(file)))
 }
 
 /// Few files, and an unusable store: said, and the rest runs.
