@@ -2,8 +2,8 @@
 //!
 //! The launching thread is the one with most launches and collectives. Scheduler records exist only for intervals
 //! of some tens of microseconds and more; the rest, between two records of a thread, is time on CPU. After a thread's
-//! last record nothing is known, and if no scheduler record of the process was ever seen, nothing is known at all:
-//! such time is left out rather than called on CPU.
+//! last record nothing is known, nor where scheduler records were lost, and if no scheduler record of the process was
+//! ever seen, nothing is known at all: such time is left out rather than called on CPU.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -19,6 +19,8 @@ const MOST_RECORDS: usize = 16_384;
 const MOST_RECORDS_OTHER: usize = 64;
 /// Counts are halved beyond this, so that an old main thread gives way to a new one.
 const WEIGHT_LIMIT: u64 = 1 << 20;
+/// Stretches kept in which scheduler records were lost.
+const MOST_LOST: usize = 64;
 
 #[derive(Debug, Clone, Copy)]
 struct OffCpu {
@@ -59,6 +61,8 @@ impl ThreadHistory {
 pub(super) struct Host {
     threads: BTreeMap<u32, ThreadHistory>,
     scheduler_seen: bool,
+    /// When scheduler records were lost, oldest first.
+    lost: VecDeque<Window>,
     forgotten: u64,
 }
 
@@ -118,6 +122,17 @@ impl Host {
         self.forgotten += forgotten;
     }
 
+    /// Scheduler records of some threads were lost in the window.
+    pub(super) fn lost(&mut self, window: Window) {
+        if self.lost.len() >= MOST_LOST
+            && let (Some(oldest), Some(next)) = (self.lost.pop_front(), self.lost.front_mut())
+        {
+            // Rather too much is unknown than too little.
+            *next = Window::new(oldest.start_ns(), next.end_ns()).unwrap_or(*next);
+        }
+        self.lost.push_back(window);
+    }
+
     /// The thread with most launches and collectives; of equals, the oldest id.
     pub(super) fn launching_thread(&self) -> Option<u32> {
         self.threads
@@ -144,7 +159,7 @@ impl Host {
             })
             .collect();
         if self.scheduler_seen {
-            push_scheduler_states(thread, window, &mut states);
+            push_scheduler_states(thread, &self.lost, window, &mut states);
         }
         states
     }
@@ -179,6 +194,9 @@ impl Host {
                 thread.calls.pop_front();
             }
         }
+        while self.lost.front().is_some_and(|loss| loss.end_ns() <= before_ns) {
+            self.lost.pop_front();
+        }
     }
 
     /// Records forgotten for lack of room.
@@ -201,7 +219,20 @@ impl Host {
     }
 }
 
-fn push_scheduler_states(thread: &ThreadHistory, window: Window, states: &mut Vec<StateInterval>) {
+/// When the last loss that reaches into a stretch ended: of what was lost nobody knows when it began, so nothing before is
+/// certain either.
+fn known_from(lost: &VecDeque<Window>, from_ns: u64, to_ns: u64) -> u64 {
+    let reaching = |loss: &&Window| loss.start_ns() < to_ns && loss.end_ns() > from_ns;
+    let ends = lost.iter().filter(reaching).map(|loss| loss.end_ns());
+    ends.max().map_or(from_ns, |end_ns| end_ns.max(from_ns))
+}
+
+fn push_scheduler_states(
+    thread: &ThreadHistory,
+    lost: &VecDeque<Window>,
+    window: Window,
+    states: &mut Vec<StateInterval>,
+) {
     let mut push = |start_ns: u64, end_ns: u64, state: HostState| {
         if let Some(part) = Window::new(start_ns, end_ns).and_then(|part| part.intersect(window)) {
             states.push(StateInterval { window: part, state });
@@ -210,7 +241,11 @@ fn push_scheduler_states(thread: &ThreadHistory, window: Window, states: &mut Ve
     let mut on_cpu_from_ns = thread.complete_from_ns;
     for off in &thread.off_cpu {
         let (start_ns, end_ns) = (off.window.start_ns(), off.window.end_ns());
-        push(on_cpu_from_ns, start_ns, HostState::OnCpu);
+        push(
+            known_from(lost, on_cpu_from_ns, start_ns),
+            start_ns,
+            HostState::OnCpu,
+        );
         let runnable_from_ns = end_ns - off.runnable_ns;
         match off.reason {
             OffCpuReason::Preempted => push(start_ns, end_ns, HostState::Runnable),
@@ -222,5 +257,9 @@ fn push_scheduler_states(thread: &ThreadHistory, window: Window, states: &mut Ve
         }
         on_cpu_from_ns = on_cpu_from_ns.max(end_ns);
     }
-    push(on_cpu_from_ns, thread.last_seen_ns, HostState::OnCpu);
+    push(
+        known_from(lost, on_cpu_from_ns, thread.last_seen_ns),
+        thread.last_seen_ns,
+        HostState::OnCpu,
+    );
 }

@@ -255,7 +255,7 @@ impl Timeline {
         }
         self.counters.lost_records += count;
         for process in self.processes.values_mut() {
-            process.lost(window.end_ns(), count);
+            process.lost(ring, window, count);
         }
         events.push(Event::Gap(RecordGap {
             node: self.node.clone(),

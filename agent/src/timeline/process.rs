@@ -224,11 +224,16 @@ impl Process {
     }
 
     /// Kernel records were lost.
-    pub(super) fn lost(&mut self, at_ns: u64, count: u64) {
+    pub(super) fn lost(&mut self, ring: &str, window: Window, count: u64) {
+        // What the agent itself dropped may have been of any kind.
+        if matches!(ring, "sched" | "agent") {
+            self.host.lost(window);
+            self.workers.lost(window.end_ns());
+        }
         if self.lost.len() == MOST_LOST {
             self.lost.pop_front();
         }
-        self.lost.push_back((at_ns, count));
+        self.lost.push_back((window.end_ns(), count));
     }
 
     /// Cuts what `clock_ns` lets one cut without a pattern.

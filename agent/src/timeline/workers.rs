@@ -2,7 +2,7 @@
 //!
 //! Their time is folded into bins of [`BIN_NS`] as soon as it is known. Between two scheduler records of a thread it
 //! was on CPU; a sleeping worker counts neither as computing nor as waiting for storage. What a thread does after its
-//! last record is not known until the next one.
+//! last record is not known until the next one, nor what it did while scheduler records were lost.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -105,6 +105,13 @@ impl Workers {
     /// Whether the thread is known as a worker.
     pub(super) fn knows(&self, thread: Thread) -> bool {
         self.threads.contains_key(&thread)
+    }
+
+    /// Scheduler records of some threads were lost, the last of them at `at_ns`: what they did up to there is not known.
+    pub(super) fn lost(&mut self, at_ns: u64) {
+        for worker in self.threads.values_mut() {
+            worker.known_ns = worker.known_ns.max(at_ns);
+        }
     }
 
     /// The worker's process is gone.

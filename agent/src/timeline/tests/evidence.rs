@@ -6,7 +6,7 @@ use stallscope_attribution::reading::Reading;
 use super::process_fed;
 use crate::observation::{Fact, GpuReading, Observation, OffCpuReason};
 use crate::timeline::synthetic::{COMPUTE, LOADER, MAIN, MS, PROCESS, Script, reading, window};
-use crate::timeline::{GpuCounters, subject};
+use crate::timeline::{GpuCounters, Process, subject};
 
 #[test]
 fn host_states_follow_the_records() {
@@ -48,6 +48,57 @@ fn host_states_follow_the_records() {
         25 * MS,
         "after the last record nothing is known"
     );
+}
+
+#[test]
+fn a_thread_whose_scheduler_records_were_lost_is_not_called_on_cpu() {
+    let mut script = Script::new(1_000 * MS);
+    script.launches(COMPUTE, 1, MS);
+    let base = script.now_ns;
+    for start_ms in [10, 60, 100] {
+        let at = window(base + start_ms * MS, base + (start_ms + 10) * MS);
+        script.off_cpu(MAIN, OffCpuReason::Sleep, 0, at);
+        script.off_cpu(LOADER, OffCpuReason::Sleep, 0, at);
+    }
+    let mut fed = process_fed(&script.log);
+    let on_cpu = |fed: &Process| -> u64 {
+        let states = fed.host.states_within(window(base, base + 110 * MS));
+        let on_cpu = states.iter().filter(|part| part.state == HostState::OnCpu);
+        on_cpu.map(|part| part.window.len_ns()).sum()
+    };
+    assert_eq!(on_cpu(&fed), (10 + 40 + 30) * MS);
+    fed.lost("cuda", window(base + 30 * MS, base + 40 * MS), 5);
+    assert_eq!(on_cpu(&fed), (10 + 40 + 30) * MS, "calls were lost, not waits");
+    fed.lost("sched", window(base + 30 * MS, base + 40 * MS), 5);
+    assert_eq!(
+        on_cpu(&fed),
+        (10 + 20 + 30) * MS,
+        "a lost wait may have begun at 20 ms"
+    );
+}
+
+#[test]
+fn a_loader_whose_scheduler_records_were_lost_is_not_called_busy() {
+    let base = 1_000 * MS;
+    let mut script = Script::new(base);
+    let sleep = |script: &mut Script, start_ms: u64| {
+        let at = window(base + start_ms * MS, base + (start_ms + 10) * MS);
+        script.off_cpu(LOADER, OffCpuReason::Sleep, 0, at);
+    };
+    sleep(&mut script, 0);
+    let mut fed = process_fed(&script.log);
+    fed.lost("sched", window(base + 30 * MS, base + 60 * MS), 1);
+    let mut later = Script::new(base);
+    sleep(&mut later, 100);
+    for observation in later
+        .log
+        .iter()
+        .filter(|later| matches!(later.fact, Fact::OffCpu { .. }))
+    {
+        fed.observe_helper(observation.window, &observation.fact);
+    }
+    let load = fed.workers.within(window(base, base + 200 * MS), &[]);
+    assert_eq!(load.iter().map(|load| load.cpu_ns).sum::<u64>(), 40 * MS);
 }
 
 #[test]
