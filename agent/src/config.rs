@@ -81,6 +81,8 @@ pub struct Config {
     pub probes: Probes,
     /// `[nvml]`
     pub nvml: Nvml,
+    /// `[devices]`
+    pub devices: Devices,
     /// `[stream]`
     pub stream: Stream,
     /// `[store]`
@@ -117,6 +119,14 @@ section! {
         /// Milliseconds between two samples of a GPU's counters; 100 to 60000. The counters' own resolution is 100.
         #[serde(deserialize_with = "sample_ms")]
         sample_ms: u64 = 100, shown "100";
+    }
+}
+
+section! {
+    /// RDMA ports and PCI devices.
+    Devices "devices" {
+        /// Where sysfs is mounted; in a container, the node's own.
+        sys: PathBuf = PathBuf::from("/sys"), shown "\"/sys\"";
     }
 }
 
@@ -339,10 +349,11 @@ pub fn check(path: &Path) -> Result<(Config, Vec<Warning>), ConfigError> {
 /// The default file: every setting, commented out, with its documentation.
 #[must_use]
 pub fn default_file() -> String {
-    const SECTIONS: [SectionDocs; 6] = [
+    const SECTIONS: [SectionDocs; 7] = [
         Scope::DOCS,
         Probes::DOCS,
         Nvml::DOCS,
+        Devices::DOCS,
         Stream::DOCS,
         Store::DOCS,
         Control::DOCS,

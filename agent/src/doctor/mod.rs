@@ -3,6 +3,7 @@
 //! [`examine`] looks; a [`Report`] renders as text or JSON. A report is useful when nothing that is *needed* is missing:
 //! the probes (host side of every loss) and NVML with at least one device (GPU side).
 
+mod devices;
 mod kernel;
 mod node;
 mod render;
@@ -113,10 +114,15 @@ impl Report {
 /// to some ten seconds when a GPU's driver hangs.
 #[must_use]
 pub fn examine(config: &Config) -> Report {
-    let mut checks = kernel::checks(&Roots::default());
+    let roots = Roots::default();
+    let mut checks = kernel::checks(&roots);
     checks.push(node::probes(&config.probes));
     checks.extend(node::nvml(&config.nvml));
     checks.push(node::flows(&config.node_name()));
+    checks.extend(devices::checks(&Roots {
+        sys: config.devices.sys.clone(),
+        ..roots
+    }));
     checks.push(node::scope(&config.scope));
     checks.push(node::store(&config.store));
     checks.push(node::stream(&config.stream));

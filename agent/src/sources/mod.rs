@@ -2,7 +2,13 @@
 
 pub mod clock;
 pub mod kineto;
+pub mod load;
 pub mod net;
 pub mod nvml;
+mod patrol;
+pub mod pcie;
 pub mod probes;
 pub mod procs;
+pub mod rdma;
+mod sysfs;
+pub mod xid;
