@@ -14,6 +14,7 @@ mod hints;
 mod nccl;
 mod nccl_comms;
 mod nccl_waits;
+mod pcie;
 mod procs;
 mod sched;
 mod settings;

@@ -65,3 +65,17 @@ pub(crate) static SYSCALL_ARGS: Setting<u32> = Setting::new(16);
 /// `ret` of every `sys_exit_*`.
 #[unsafe(no_mangle)]
 pub(crate) static SYSCALL_RET: Setting<u32> = Setting::new(16);
+/// `ras:aer_event`.
+#[unsafe(no_mangle)]
+pub(crate) static AER_DEVICE: Setting<u32> = Setting::new(8);
+#[unsafe(no_mangle)]
+pub(crate) static AER_STATUS: Setting<u32> = Setting::new(12);
+#[unsafe(no_mangle)]
+pub(crate) static AER_SEVERITY: Setting<u32> = Setting::new(16);
+/// `nvidia:nvidia_dev_xid`.
+#[unsafe(no_mangle)]
+pub(crate) static XID_DEVICE: Setting<u32> = Setting::new(8);
+#[unsafe(no_mangle)]
+pub(crate) static XID_CODE: Setting<u32> = Setting::new(12);
+#[unsafe(no_mangle)]
+pub(crate) static XID_MESSAGE: Setting<u32> = Setting::new(16);

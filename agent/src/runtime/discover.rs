@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::Duration;
 
+use stallscope_attribution::facts::{DeviceEvent, DeviceEventKind, RecordGap};
 use stallscope_attribution::time::Window;
 
 use super::shared::{Keys, Shared};
 use super::status::Condition;
 use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, Thread};
-use crate::sources::probes::Probes;
+use crate::sources::probes::{DeviceError, Probes};
 use crate::sources::procs::{Action, Discovery, Library, ProcessEvent};
 
 /// How long records of a process that is gone may still come, ns.
@@ -71,6 +72,7 @@ impl Discover {
                 self.apply(action);
             }
             self.poll_waits();
+            self.poll_device_errors();
             self.forget_the_gone(super::now_ns());
         }
     }
@@ -91,6 +93,26 @@ impl Discover {
                 waits: Box::new(given.waits),
             };
             self.tell_in(given.window, fact);
+        }
+    }
+
+    /// Tells what the kernel's own events told of devices.
+    fn poll_device_errors(&mut self) {
+        let Some(probes) = &mut self.probes else { return };
+        let told = probes.poll_device_errors(super::now_ns());
+        let lost = probes.take_lost_device_errors();
+        if lost > 0 {
+            self.shared.add_gap(RecordGap {
+                node: self.shared.node.clone(),
+                window: None,
+                what: "devices had more errors at once than were kept".to_owned(),
+                count: lost,
+            });
+        }
+        for error in told {
+            let (at_ns, event) = device_event(error);
+            let observation = super::devices::event(at_ns, event, &self.shared);
+            self.tell_in(observation.window, observation.fact);
         }
     }
 
@@ -240,5 +262,35 @@ impl Discover {
         if self.keys.len() != before {
             self.shared.set_keys(self.keys.clone());
         }
+    }
+}
+
+/// When it was, and what.
+fn device_event(error: DeviceError) -> (u64, DeviceEvent) {
+    match error {
+        DeviceError::Pcie {
+            pci,
+            at_ns,
+            severity,
+            status,
+        } => (
+            at_ns,
+            DeviceEvent {
+                pci,
+                kind: DeviceEventKind::Aer { severity, status },
+            },
+        ),
+        DeviceError::Xid {
+            pci,
+            at_ns,
+            code,
+            message,
+        } => (
+            at_ns,
+            DeviceEvent {
+                pci,
+                kind: DeviceEventKind::Xid { code, message },
+            },
+        ),
     }
 }

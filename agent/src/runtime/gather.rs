@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError};
 use std::time::Duration;
 
-use stallscope_attribution::facts::RecordGap;
+use stallscope_attribution::facts::{HardwareFact, RecordGap};
 use stallscope_attribution::time::Window;
 
+use super::devices::Devices;
 use super::gpus::Gpus;
 use super::queue::Giver;
 use super::shared::Shared;
@@ -36,6 +37,7 @@ pub(super) struct Sources {
     pub(super) reader: Option<Reader>,
     pub(super) gpus: Gpus,
     pub(super) net: Option<NetSource>,
+    pub(super) devices: Devices,
     /// Facts about processes, from discovery.
     pub(super) found: Receiver<Observation>,
     /// News for discovery.
@@ -140,6 +142,9 @@ impl Gather {
             let Ok(observation) = self.sources.found.try_recv() else {
                 break;
             };
+            if self.sources.devices.is_repeated(&observation) {
+                continue;
+            }
             self.note(&observation);
             batch.push(observation);
         }
@@ -151,6 +156,9 @@ impl Gather {
             self.net_due_ns = now_ns + NET_NS;
             self.poll_net(now_ns, batch);
         }
+        let faults = self.sources.gpus.take_faults();
+        self.sources.devices.take_faults(faults, batch, &self.shared);
+        self.sources.devices.poll(now_ns, batch, &self.shared);
         if now_ns >= self.slow_due_ns {
             self.slow_due_ns = now_ns + SLOW_NS;
             self.poll_slow(now_ns, batch);
@@ -277,6 +285,7 @@ impl Gather {
 fn is_told_once(observation: &Observation) -> bool {
     match &observation.fact {
         Fact::Process(_) | Fact::ProcessGone(_) => true,
+        Fact::Hardware(facts) => matches!(facts.fact, HardwareFact::Event(_)),
         Fact::Lost { ring, .. } => *ring != AGENT,
         _ => false,
     }
@@ -307,6 +316,7 @@ mod tests {
             reader: None,
             gpus: Gpus::Missing,
             net: None,
+            devices: Devices::none(),
             found,
             events,
             batches,
@@ -332,6 +342,7 @@ mod tests {
             reader: None,
             gpus: Gpus::Missing,
             net: None,
+            devices: Devices::none(),
             found,
             events,
             batches,

@@ -12,6 +12,7 @@ use super::status::Condition;
 use crate::config;
 use crate::observation::Observation;
 use crate::sources::nvml::{NvmlError, NvmlSource};
+use crate::sources::xid::Xid;
 
 /// The agent's own binary, also after a newer one took its place on disk.
 const OWN_BINARY: &str = "/proc/self/exe";
@@ -95,6 +96,14 @@ impl Gpus {
                 }
                 observations
             }
+        }
+    }
+
+    /// Faults that the driver told since the last call, and when.
+    pub(super) fn take_faults(&mut self) -> Vec<(u64, Xid)> {
+        match self {
+            Self::Silent(source) | Self::Read(source) => source.take_faults(),
+            Self::Opening(_) | Self::Missing => Vec::new(),
         }
     }
 

@@ -3,13 +3,14 @@
 //! ```text
 //! discover ── facts about processes ─┐
 //!    ▲  process events               ▼
-//! gather (rings, NVML, net, quota) ── batches ──▶ history (timeline ─▶ store, status)
+//! gather (rings, NVML, net, devices, quota) ── batches ──▶ history (timeline ─▶ store, status)
 //!                                                    store ──▶ stream (tokio, main thread)
 //! ```
 //!
 //! One thread gathers from all sources in turn, so that a starved agent is late with everything alike and what belongs
 //! together stays together. Every queue is bounded; what does not fit is counted and named.
 
+mod devices;
 mod discover;
 mod gather;
 mod gpus;
@@ -221,6 +222,7 @@ fn start_threads(
             reader,
             gpus: gpus::Gpus::open(&config.nvml, shared),
             net: open_net(shared),
+            devices: devices::Devices::open(&config.devices.sys, shared),
             found,
             events,
             batches,

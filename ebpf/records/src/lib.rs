@@ -8,6 +8,7 @@
 mod layout;
 
 pub mod abi;
+pub mod device;
 pub mod fold;
 pub mod record;
 pub mod waits;

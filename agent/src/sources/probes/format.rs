@@ -84,7 +84,7 @@ impl FieldOffset {
 }
 
 /// The offset of a field in the text of a `format` file.
-fn offset_of(text: &str, field: &str) -> Option<u32> {
+pub(super) fn offset_of(text: &str, field: &str) -> Option<u32> {
     text.lines().find_map(|line| {
         let (declaration, rest) = line.trim().strip_prefix("field:")?.split_once(';')?;
         let name = declaration
@@ -146,5 +146,12 @@ mod tests {
         assert_eq!(offset_of(SWITCH, "filename"), Some(40));
         assert_eq!(offset_of(SWITCH, "next_pid"), None);
         assert_eq!(offset_of("field:pid_t", "pid_t"), None);
+        // As a kernel of version 6.1 has it.
+        let aer = "\tfield:__data_loc char[] dev_name;\toffset:8;\tsize:4;\tsigned:0;\n\
+            \tfield:u32 status;\toffset:12;\tsize:4;\tsigned:0;\n\
+            \tfield:u8 severity;\toffset:16;\tsize:1;\tsigned:0;\n\
+            \tfield:u32 tlp_header[4];\toffset:20;\tsize:16;\tsigned:0;\n";
+        let found = ["dev_name", "status", "severity", "tlp_header"].map(|field| offset_of(aer, field));
+        assert_eq!(found, [Some(8), Some(12), Some(16), Some(20)]);
     }
 }

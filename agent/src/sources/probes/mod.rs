@@ -11,6 +11,7 @@
 //! - [`Reader::drain`]`(timeout, &mut dyn FnMut(RawEvent))`: waits, then gives everything there is. Call it at least every
 //!   100 ms; kernel-side counters, idle launch runs and losses come through it too, so nothing else has to be polled.
 //! - [`Probes::poll_waits`]`(now)`: attaches NCCL's wait hooks for a window now and then, and gives what the windows held.
+//! - [`Probes::poll_device_errors`]`(now)`: what the kernel's own events told of devices.
 //! - [`Decoder::decode`]`(RawEvent, lookup, out)`: raw events to [`Decoded`]: an [`Observation`] or a [`ProcessEvent`].
 //! - [`Probes::verifier_stats`], [`Probes::run_stats`], [`Reader::lost`], [`Decoder::refused`]: the probes' own cost and losses.
 //!
@@ -22,6 +23,7 @@ mod attach;
 mod comms;
 mod decode;
 mod detach;
+mod device_errors;
 mod elf;
 mod filter;
 mod format;
@@ -41,6 +43,7 @@ mod waits;
 
 pub use attach::{AttachError, Attached, SymbolFailure};
 pub use decode::{Decoded, Decoder, Refused};
+pub use device_errors::{DeviceError, EventState};
 pub use filter::FilterError;
 pub use health::{Health, Outcome, ProgramHealth};
 pub use object::{LoadError, Loaded, Probes, ProbesConfig, object_places};

@@ -14,6 +14,7 @@ use aya::{Ebpf, EbpfError, EbpfLoader};
 
 use super::attach::{AttachError, Attached, Attachments};
 use super::detach;
+use super::device_errors::{self, DeviceError, DeviceErrors, EventState};
 use super::filter::{Filter, FilterError};
 use super::format;
 use super::health::{Health, Outcome};
@@ -124,6 +125,7 @@ pub struct Probes {
     _always: Vec<TracePointLink>,
     filter: Filter,
     waits: WaitStates,
+    device_errors: DeviceErrors,
     health: Health,
     run_time: Option<OwnedFd>,
     ebpf: Ebpf,
@@ -162,19 +164,23 @@ impl Probes {
             source,
         })?;
         let mut health = Health::of_all();
-        let offsets = read_offsets(&mut health);
+        let mut offsets = read_offsets(&mut health);
+        let of_devices = device_errors::offsets();
+        offsets.extend(&of_devices);
         let mut ebpf = load_object(&path, &bytes, config, &offsets)?;
         load_programs(&mut ebpf, &mut health)?;
         let always = attach_tracepoints(&mut ebpf, When::Always, &mut health);
         let reader = Reader::new(&mut ebpf, config.launch_gap_ns)?;
         let filter = Filter::new(take_map(&mut ebpf, "PROCESSES")?, take_map(&mut ebpf, "HINTS")?);
         let waits = WaitStates::new(&mut ebpf, config.waits)?;
+        let device_errors = DeviceErrors::new(&mut ebpf, of_devices)?;
         let probes = Self {
             attachments: Attachments::default(),
             tracing: Vec::new(),
             _always: always,
             filter,
             waits,
+            device_errors,
             health: health.clone(),
             run_time: None,
             ebpf,
@@ -208,6 +214,23 @@ impl Probes {
     #[must_use]
     pub fn waits_trouble(&self) -> Option<&str> {
         self.waits.trouble()
+    }
+
+    /// Errors of devices that the kernel's own events told since the last call. Now and then it looks for events that were
+    /// not there.
+    pub fn poll_device_errors(&mut self, now_ns: u64) -> Vec<DeviceError> {
+        self.device_errors.poll(&mut self.ebpf, &self.health, now_ns)
+    }
+
+    /// Events of devices by name, and how each stands.
+    #[must_use]
+    pub fn device_events(&self) -> Vec<(String, EventState)> {
+        self.device_errors.states()
+    }
+
+    /// Errors of devices lost because nobody read them, since the last call.
+    pub fn take_lost_device_errors(&mut self) -> u64 {
+        self.device_errors.take_dropped()
     }
 
     /// Detaches from the library; nothing happens when it is not attached.
@@ -460,7 +483,7 @@ fn attach_tracepoints(ebpf: &mut Ebpf, wanted: When, health: &mut Health) -> Vec
     links
 }
 
-fn attach_tracepoint(
+pub(super) fn attach_tracepoint(
     ebpf: &mut Ebpf,
     name: &str,
     category: &str,

@@ -18,6 +18,8 @@ pub(super) enum Hook {
 pub(super) enum When {
     /// From loading on.
     Always,
+    /// Where the kernel, or a module of a driver, has the event.
+    Present,
     /// While at least one process is traced: they are on the path of every context switch or system call.
     Tracing,
 }
@@ -307,5 +309,19 @@ pub(super) const PROGRAMS: &[ProgramSpec] = &[
         When::Always,
         &[("syscalls", "sys_exit_mmap")],
         "news of loaded libraries; they are found by scanning instead",
+    ),
+    tracepoints(
+        "pcie_error",
+        Ring::Procs,
+        When::Present,
+        &[("ras", "aer_event")],
+        "the moment of PCI Express errors",
+    ),
+    tracepoints(
+        "gpu_fault",
+        Ring::Procs,
+        When::Present,
+        &[("nvidia", "nvidia_dev_xid")],
+        "faults of GPUs; the kernel's log and NVML tell of them too",
     ),
 ];
