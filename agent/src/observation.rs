@@ -3,7 +3,7 @@
 //! Every source yields these and nothing else; recording them and replaying them gives the same budgets. Times are
 //! `CLOCK_MONOTONIC` nanoseconds.
 
-use stallscope_attribution::facts::{FlowFacts, HardwareFacts, PortFacts};
+use stallscope_attribution::facts::{FlowFacts, HardwareFacts, LinkFacts, PortFacts};
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
@@ -440,6 +440,9 @@ pub struct GpuReading {
     pub process_sm_ppm: Reading<Vec<(u32, u32)>>,
     /// Compute processes on the device, from the slow loop.
     pub processes: Reading<Vec<u32>>,
+    /// Links and their errors since the reading that had them last, from the slow loop. Faults come as
+    /// [`Fact::Hardware`] and are not counted here.
+    pub links: Reading<LinkFacts>,
 }
 
 /// A flow of a traced process; see [`FlowFacts`].

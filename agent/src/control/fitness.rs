@@ -297,6 +297,7 @@ mod tests {
                 memory_used_bytes: Reading::Unsupported,
                 process_sm_ppm: Reading::Value(vec![(RANK_PID, 900_000)]),
                 processes: Reading::NotMeasured,
+                links: Reading::NotMeasured,
             },
             read_ns: NOW_NS - 100_000_000,
             recent_thermal_ns: 0,

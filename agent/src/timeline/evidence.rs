@@ -42,7 +42,7 @@ pub(super) fn gather(
         }),
         clock: counters.map_or(Reading::NotMeasured, |counters| counters.clock(window)),
         foreign: counters.map_or(Reading::NotMeasured, |counters| counters.foreign(window, ours)),
-        links: Reading::NotMeasured,
+        links: counters.map_or(Reading::NotMeasured, |counters| counters.links(window)),
         lost_records: lost(process, window),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use stallscope_attribution::facts::{Activity, ClockFacts, ForeignLoad, PPM};
+use stallscope_attribution::facts::{Activity, ClockFacts, ForeignLoad, LinkFacts, PPM};
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
@@ -19,6 +19,8 @@ const COMPUTE_PERCENTILE: u64 = 95;
 const RATIO_BINS: usize = 1_001;
 /// The histogram is halved beyond this many readings, so that it follows the job.
 const RATIO_LIMIT: u32 = 8_192;
+/// Faults kept per GPU.
+const MOST_FAULTS: usize = 1_024;
 /// What the driver tells seldom (shares of processes, temperature) holds for this long, ns.
 const HOLDS_NS: u64 = 1_500_000_000;
 
@@ -37,6 +39,8 @@ struct Sample {
     energy_mj: Option<u64>,
     temperature_c: u32,
     process_sm_ppm: Reading<Shares>,
+    /// As last told; counts only in the sample that told them.
+    links: Reading<LinkFacts>,
 }
 
 /// SM share of each process, ppm.
@@ -49,6 +53,9 @@ pub(super) struct GpuCounters {
     /// The last that was told of what is told seldom, and when.
     shares: Option<(u64, Shares)>,
     temperature: Option<(u64, u32)>,
+    links: Option<(u64, LinkFacts)>,
+    /// Faults by time, and their codes.
+    faults: VecDeque<(u64, u32)>,
 }
 
 /// SM share of busy time in readings with pure compute: a high percentile over the job's readings.
@@ -119,6 +126,7 @@ impl GpuCounters {
             (Reading::Value(_) | Reading::NotMeasured, Some(shares)) => Reading::Value(Arc::clone(shares)),
             (other, _) => other.clone().map(|shares| shares.as_slice().into()),
         };
+        let links = self.links_of(&reading.links, now_ns);
         let reasons = reading.clock_reasons.value().copied();
         let by_bits =
             |bits: u64| reasons.map(|reasons| if reasons & bits == 0 { 0 } else { window.len_ns() });
@@ -139,7 +147,41 @@ impl GpuCounters {
             energy_mj: reading.energy_mj.value().copied(),
             temperature_c: held(self.temperature.as_ref(), now_ns).copied().unwrap_or(0),
             process_sm_ppm,
+            links,
         });
+    }
+
+    /// The driver reported a fault.
+    pub(super) fn fault(&mut self, at_ns: u64, code: u32) {
+        if self.faults.len() == MOST_FAULTS {
+            self.faults.pop_front();
+        }
+        self.faults.push_back((at_ns, code));
+    }
+
+    /// What is told once a second holds until it is told again, but for what was counted. The generation is known under
+    /// load only, and stays what it was there.
+    fn links_of(&mut self, told: &Reading<LinkFacts>, now_ns: u64) -> Reading<LinkFacts> {
+        let before = held(self.links.as_ref(), now_ns).copied();
+        let mut now = match (told, before) {
+            (Reading::Value(told), _) => *told,
+            (Reading::NotMeasured, Some(before)) => LinkFacts {
+                pcie_replays: 0,
+                nvlink_errors: 0,
+                ..before
+            },
+            (other, _) => return other.clone(),
+        };
+        if let Some(before) = before.filter(|_| now.pcie_generation == 0) {
+            now.pcie_generation = before.pcie_generation;
+        }
+        let at_ns = if told.value().is_some() {
+            now_ns
+        } else {
+            self.links.map_or(now_ns, |(at_ns, _)| at_ns)
+        };
+        self.links = Some((at_ns, now));
+        Reading::Value(now)
     }
 
     /// Forgets readings that ended before `before_ns`.
@@ -211,6 +253,52 @@ impl GpuCounters {
                     .unwrap_or(0),
             ),
         })
+    }
+
+    /// Links over the window: the least lanes and the lowest generation under load, and what was counted in it.
+    pub(super) fn links(&self, window: Window) -> Reading<LinkFacts> {
+        let mut found: Option<LinkFacts> = None;
+        let mut why_not = Reading::NotMeasured;
+        for (_, sample) in self.overlapping(window) {
+            let now = match &sample.links {
+                Reading::Value(links) => *links,
+                other => {
+                    why_not = other.clone();
+                    continue;
+                }
+            };
+            let ends_inside = sample.window.end_ns() <= window.end_ns();
+            let counted = |count: u64| if ends_inside { count } else { 0 };
+            let before = found.unwrap_or(LinkFacts {
+                pcie_replays: 0,
+                nvlink_errors: 0,
+                ..now
+            });
+            let generations = [before.pcie_generation, now.pcie_generation];
+            let known = generations.into_iter().filter(|generation| *generation > 0);
+            found = Some(LinkFacts {
+                pcie_lanes: before.pcie_lanes.min(now.pcie_lanes),
+                pcie_generation: known.min().unwrap_or(0),
+                pcie_replays: before.pcie_replays.saturating_add(counted(now.pcie_replays)),
+                nvlink_errors: before.nvlink_errors.saturating_add(counted(now.nvlink_errors)),
+                nvlinks_down: before.nvlinks_down.max(now.nvlinks_down),
+                ..now
+            });
+        }
+        let mut faults = self
+            .faults
+            .iter()
+            .filter(|(at_ns, _)| (window.start_ns()..window.end_ns()).contains(at_ns));
+        let count = faults.clone().count();
+        let last = faults.next_back().map_or(0, |(_, code)| *code);
+        match found {
+            None if count == 0 => why_not,
+            links => Reading::Value(LinkFacts {
+                faults: to_u32(count as u128),
+                fault_code: last,
+                ..links.unwrap_or_default()
+            }),
+        }
     }
 
     /// Load of processes for which `ours` is false, over the window.

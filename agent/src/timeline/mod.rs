@@ -30,7 +30,8 @@ use std::sync::Arc;
 
 use stallscope_attribution::budget::{self, Budget};
 use stallscope_attribution::facts::{
-    GpuStep, GpuSubject, HardwareFacts, PortFacts, RecordGap, Span, SpanKind,
+    DeviceEvent, DeviceEventKind, GpuStep, GpuSubject, HardwareFact, HardwareFacts, PortFacts, RecordGap,
+    Span, SpanKind,
 };
 use stallscope_attribution::time::Window;
 
@@ -45,6 +46,8 @@ use subject::DeviceIdentity;
 
 /// How long GPU readings are kept, ns: as long as a window can still ask for them.
 const KEEP_READINGS_NS: u64 = LONGEST_STEP_NS + 2 * SEARCH_NS;
+/// Faults that programs on the GPU cause, not the GPU: out of bounds, page fault, reset channel, clean-up after another.
+const APPLICATION_XIDS: [u32; 4] = [13, 31, 43, 45];
 const MOST_PROCESSES: usize = 1_024;
 const MOST_HELPERS: usize = 16_384;
 
@@ -190,7 +193,7 @@ impl Timeline {
             }
             Fact::Gpu(reading) => self.gpu_reading(window, &reading),
             Fact::Port(port) => events.push(Event::Port(port)),
-            Fact::Hardware(facts) => events.push(Event::Hardware(facts)),
+            Fact::Hardware(facts) => self.hardware(facts, events),
             Fact::Lost { ring, count } => self.lost(ring, count, window, events),
             Fact::RealtimeOffset { ns } => self.realtime_offset_ns = ns,
             fact => self.thread_fact(window, &fact),
@@ -247,6 +250,23 @@ impl Timeline {
                 process.ratio.add(reading);
             }
         }
+    }
+
+    /// Passes on what a device told. A fault of a GPU is evidence of its steps too.
+    fn hardware(&mut self, facts: Box<HardwareFacts>, events: &mut Vec<Event>) {
+        if let HardwareFact::Event(DeviceEvent {
+            pci,
+            kind: DeviceEventKind::Xid { code, .. },
+        }) = &facts.fact
+            && !APPLICATION_XIDS.contains(code)
+        {
+            let of_gpu = |device: &DeviceIdentity| device.is_at(pci);
+            let gpu = self.devices.iter().find(|(_, device)| of_gpu(device));
+            if let Some(counters) = gpu.and_then(|(gpu, _)| self.gpus.get_mut(gpu)) {
+                counters.fault(facts.window.start_ns(), *code);
+            }
+        }
+        events.push(Event::Hardware(facts));
     }
 
     fn lost(&mut self, ring: &'static str, count: u64, window: Window, events: &mut Vec<Event>) {

@@ -30,6 +30,11 @@ impl DeviceIdentity {
         true
     }
 
+    /// Whether it is the device with this PCI address.
+    pub(super) fn is_at(&self, pci: &str) -> bool {
+        !pci.is_empty() && self.pci.eq_ignore_ascii_case(pci)
+    }
+
     /// What the device can do, with the model FLOPs the job declares. A device that is in no table is measured
     /// against its own largest clock.
     pub(super) fn profile(&self, model_flops_per_step: Option<u64>) -> DeviceProfile {

@@ -282,5 +282,6 @@ pub(crate) fn reading(gpu: u32) -> GpuReading {
         memory_used_bytes: Reading::Value(1 << 34),
         process_sm_ppm: Reading::Value(vec![(PROCESS.pid, 700_000)]),
         processes: Reading::Value(vec![PROCESS.pid]),
+        links: Reading::NotMeasured,
     }
 }

@@ -413,5 +413,6 @@ pub(super) fn reading(pid: u32, gpu: u32, compute_ppm: u32, waiting_ppm: u32) ->
         memory_used_bytes: Reading::NotMeasured,
         process_sm_ppm: Reading::NotMeasured,
         processes: Reading::Value(vec![pid]),
+        links: Reading::NotMeasured,
     }
 }

@@ -167,6 +167,7 @@ pub(super) fn empty_reading(shared: &GpuShared) -> GpuReading {
         memory_used_bytes: Reading::NotMeasured,
         process_sm_ppm: Reading::NotMeasured,
         processes: Reading::NotMeasured,
+        links: Reading::NotMeasured,
     }
 }
 
@@ -192,6 +193,7 @@ pub(super) fn failed_reading(shared: &GpuShared, why: &str) -> GpuReading {
         memory_used_bytes: large(),
         process_sm_ppm: Reading::Failed(why.to_owned()),
         processes: Reading::Failed(why.to_owned()),
+        links: Reading::Failed(why.to_owned()),
         ..empty_reading(shared)
     }
 }

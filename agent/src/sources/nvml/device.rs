@@ -15,6 +15,7 @@ use super::convert::{
     Lack, advance, and_then, counter, empty_reading, lack, lacking, longest, mib_to_bytes, percent_to_ppm,
     process_shares, reading, whole_percent_to_ppm,
 };
+use super::links::Links;
 use super::watch::GpuShared;
 use crate::observation::GpuReading;
 use crate::sources::clock::monotonic_ns;
@@ -56,6 +57,7 @@ pub(super) struct Sampler<'nvml> {
     next_slow_ns: u64,
     next_processes_ns: u64,
     utilization_seen_us: u64,
+    links: Links,
 }
 
 /// Counters at one instant.
@@ -100,6 +102,7 @@ impl<'nvml> Sampler<'nvml> {
             next_slow_ns: 0,
             next_processes_ns: 0,
             utilization_seen_us: 0,
+            links: Links::default(),
         }
     }
 
@@ -163,6 +166,9 @@ impl<'nvml> Sampler<'nvml> {
         if now.at_ns >= self.next_slow_ns {
             self.next_slow_ns = now.at_ns + SLOW_NS;
             self.slow(&mut out);
+            out.links = self
+                .links
+                .read(&self.shared, &self.device, &out.busy_ppm, now.at_ns);
         }
         if now.at_ns >= self.next_processes_ns {
             self.next_processes_ns = now.at_ns + PROCESSES_NS;

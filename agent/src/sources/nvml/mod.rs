@@ -6,6 +6,7 @@
 //! - [`NvmlSource::poll`]`(now_ns) -> Vec<Observation>`: everything that arrived, call about every 100 ms. A GPU whose
 //!   call does not return has readings `Failed(..)` once a second until it does.
 //! - [`NvmlSource::view`]`() -> GpuView`: devices and compute processes for `procs::Discovery::set_gpus`.
+//! - [`NvmlSource::take_faults`]`()`: faults (XIDs) that the driver told as events.
 //! - [`NvmlSource::dropped`]`() -> u64`: readings lost because nobody polled.
 //!
 //! A reading's window lies between two samples of the counters. `process_sm_ppm` (once a second), `processes` (every
@@ -17,6 +18,8 @@
 
 mod convert;
 mod device;
+mod faults;
+mod links;
 mod rounds;
 #[cfg(test)]
 mod tests;
@@ -32,10 +35,12 @@ use std::time::Duration;
 use nvml_wrapper::Nvml;
 use stallscope_attribution::time::Window;
 
+use self::faults::Faults;
 use self::rounds::Rounds;
 use self::watch::GpuShared;
 use super::clock::monotonic_ns;
 use super::procs::GpuView;
+use super::xid::Xid;
 use crate::config;
 use crate::observation::{Fact, Observation};
 
@@ -103,6 +108,8 @@ pub struct NvmlSource {
     rounds: Arc<Rounds>,
     thread: JoinHandle<()>,
     readings: Receiver<Observation>,
+    /// `None` when no thread could be started for them.
+    faults: Option<Faults>,
 }
 
 #[derive(Debug)]
@@ -169,8 +176,10 @@ impl NvmlSource {
             thread: rounds.start()?,
             rounds,
             readings,
+            faults: None,
         };
         source.await_devices();
+        source.faults = source.rounds.faults(devices).ok();
         Ok(source)
     }
 
@@ -186,6 +195,11 @@ impl NvmlSource {
         let mut observations: Vec<Observation> = self.readings.try_iter().take(QUEUE).collect();
         observations.extend(self.gpus.iter_mut().filter_map(|gpu| gpu.check(now_ns)));
         observations
+    }
+
+    /// Faults that the driver told since the last call, and when.
+    pub fn take_faults(&mut self) -> Vec<(u64, Xid)> {
+        self.faults.as_ref().map_or_else(Vec::new, Faults::take)
     }
 
     /// The devices and who computes on them.

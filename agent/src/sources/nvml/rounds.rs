@@ -11,6 +11,7 @@ use stallscope_attribution::time::Window;
 
 use super::convert::failed_reading;
 use super::device::{Sample, Sampler};
+use super::faults::Faults;
 use super::watch::GpuShared;
 use crate::observation::{Fact, GpuReading, Observation};
 use crate::sources::clock::monotonic_ns;
@@ -95,6 +96,11 @@ impl Rounds {
         std::thread::Builder::new()
             .name("nvml".to_owned())
             .spawn(move || rounds.run(number))
+    }
+
+    /// Begins to wait for faults of the devices.
+    pub(super) fn faults(&self, devices: u32) -> std::io::Result<Faults> {
+        Faults::start(self.nvml, devices)
     }
 
     pub(super) fn stop(&self) {
