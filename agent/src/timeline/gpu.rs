@@ -386,3 +386,76 @@ fn activity_of(reading: &GpuReading) -> Reading<Activity> {
         compute_sm_ppm: 0,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::timeline::synthetic::reading;
+
+    const MS: u64 = 1_000_000;
+
+    fn window(start_ms: u64, end_ms: u64) -> Window {
+        Window::new(start_ms * MS, end_ms * MS).unwrap()
+    }
+
+    /// Readings of 100 ms each, from 0, by what each tells of links.
+    fn counters(told: &[Reading<LinkFacts>]) -> GpuCounters {
+        let mut counters = GpuCounters::default();
+        for (index, links) in (0..).zip(told) {
+            let links = links.clone();
+            counters.add(
+                window(index * 100, (index + 1) * 100),
+                &GpuReading { links, ..reading(0) },
+            );
+        }
+        counters
+    }
+
+    fn links(lanes: u32, generation: u32, replays: u64) -> LinkFacts {
+        LinkFacts {
+            pcie_lanes: lanes,
+            pcie_lanes_max: 16,
+            pcie_generation: generation,
+            pcie_generation_max: 5,
+            pcie_replays: replays,
+            ..LinkFacts::default()
+        }
+    }
+
+    #[test]
+    fn links_hold_until_told_again_and_counts_are_counted_once() {
+        let told = |links| Reading::Value(links);
+        let counters = counters(&[
+            told(links(16, 5, 0)),
+            Reading::NotMeasured,
+            told(links(8, 0, 7)),
+            Reading::NotMeasured,
+        ]);
+        assert_eq!(counters.links(window(100, 200)), told(links(16, 5, 0)), "held");
+        // Idle when it was told: the generation stays what it was under load.
+        assert_eq!(counters.links(window(200, 400)), told(links(8, 5, 7)));
+        assert_eq!(counters.links(window(300, 400)), told(links(8, 5, 0)));
+        assert_eq!(counters.links(window(0, 400)), told(links(8, 5, 7)));
+        assert_eq!(counters.links(window(500, 600)), Reading::NotMeasured);
+    }
+
+    #[test]
+    fn faults_belong_to_the_window_they_happened_in() {
+        let mut counters = counters(&[Reading::Unsupported, Reading::Unsupported]);
+        assert_eq!(counters.links(window(0, 200)), Reading::Unsupported);
+        counters.fault(50 * MS, 48);
+        counters.fault(60 * MS, 79);
+        let expected = LinkFacts {
+            faults: 2,
+            fault_code: 79,
+            ..LinkFacts::default()
+        };
+        assert_eq!(counters.links(window(0, 100)), Reading::Value(expected));
+        assert_eq!(counters.links(window(100, 200)), Reading::Unsupported);
+        for at_ns in 0..5_000 {
+            counters.fault(at_ns, 79);
+        }
+        assert!(counters.faults.len() <= MOST_FAULTS);
+    }
+}

@@ -1,7 +1,7 @@
 /* A management library for tests: two GPUs of which the first has GPM and the second has not.
  *
  * BLOCK is a directory: while it holds a file `hang`, nvmlDeviceGetClockInfo of GPU 0 does not return; while it holds
- * a file `hang-init`, nvmlInit_v2 does not. Struct layouts are nvml.h's. */
+ * a file `hang-init`, nvmlInit_v2 does not. A file `xid` becomes a fault of GPU 1; GPU 0 tells no faults. Struct layouts are nvml.h's. */
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -13,7 +13,8 @@ typedef unsigned long long u64;
 #define INSUFFICIENT_SIZE 7
 #define BAD_ARGUMENT 2
 
-static u64 energy, heat, old_heat, samples;
+static u64 energy, heat, old_heat, samples, link_errors;
+static u32 replays;
 
 static void block_on(const char *file) {
     while (access(file, F_OK) == 0) usleep(2000);
@@ -70,10 +71,48 @@ int nvmlDeviceGetFieldValues(void *device, int count, Field *fields) {
          * older drivers count it. */
         if (fields[i].field == 269 && index_of(device) == 0) fields[i].value = heat += 1000000;
         else if (fields[i].field == 270 && index_of(device) == 0) fields[i].value = 0;
+        else if (fields[i].field == 52 && index_of(device) == 0) fields[i].value = link_errors += 2;
         else if (fields[i].field == 75 && index_of(device) == 1) fields[i].value = old_heat += 7000;
         else fields[i].result = NOT_SUPPORTED;
     }
     return 0;
+}
+
+/* The links of GPU 0: eight lanes of sixteen, and one of four links to other GPUs down. */
+static int link_of(void *device, u32 *out, u32 value) {
+    if (index_of(device) == 1) return NOT_SUPPORTED;
+    *out = value;
+    return 0;
+}
+int nvmlDeviceGetCurrPcieLinkWidth(void *device, u32 *lanes) { return link_of(device, lanes, 8); }
+int nvmlDeviceGetMaxPcieLinkWidth(void *device, u32 *lanes) { return link_of(device, lanes, 16); }
+int nvmlDeviceGetCurrPcieLinkGeneration(void *device, u32 *generation) { return link_of(device, generation, 4); }
+int nvmlDeviceGetMaxPcieLinkGeneration(void *device, u32 *generation) { return link_of(device, generation, 5); }
+int nvmlDeviceGetPcieReplayCounter(void *device, u32 *count) { return link_of(device, count, replays += 3); }
+int nvmlDeviceGetNvLinkState(void *device, u32 link, u32 *up) {
+    return link < 4 ? link_of(device, up, link != 3) : BAD_ARGUMENT;
+}
+
+typedef struct { void *device; u64 kind, data; u32 gpu_instance, compute_instance; } Event;
+int nvmlEventSetCreate(void **set) { *set = (void *)0x3000; return 0; }
+int nvmlEventSetFree(void *set) { (void)set; return 0; }
+int nvmlDeviceRegisterEvents(void *device, u64 kinds, void *set) {
+    (void)set;
+    return index_of(device) == 1 && kinds == 8 ? 0 : NOT_SUPPORTED;
+}
+int nvmlEventSetWait_v2(void *set, Event *event, u32 timeout_ms) {
+    (void)set;
+    for (u32 waited = 0; waited < timeout_ms; waited += 2) {
+        if (unlink(BLOCK "/xid") == 0) {
+            memset(event, 0, sizeof *event);
+            event->device = (char *)0x1000 + 1;
+            event->kind = 8;
+            event->data = 79;
+            return 0;
+        }
+        usleep(2000);
+    }
+    return 10;
 }
 
 typedef struct { u32 pid; u64 memory; u32 gpu_instance, compute_instance; } Process;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use stallscope_attribution::facts::LinkFacts;
 use stallscope_attribution::reading::Reading;
 
 use super::*;
@@ -116,6 +117,62 @@ fn reads_counters_and_tells_unsupported_from_zero() {
     assert_eq!(without_gpm.thermal_ns, Reading::Value(7000));
     assert_eq!(without_gpm.temperature_c, Reading::Unsupported);
     assert_eq!(source.dropped(), 0);
+}
+
+#[test]
+fn links_are_read_once_a_second_with_what_they_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = NvmlSource::open(&stub(dir.path())).unwrap();
+    let told = |all: &[(Window, GpuReading)]| -> Vec<LinkFacts> {
+        let of_first = of_gpu(all, 0).into_iter();
+        of_first
+            .filter_map(|(_, reading)| reading.links.value().copied())
+            .collect()
+    };
+    let all = readings_until(&mut source, |all| told(all).len() >= 2);
+    let expected = LinkFacts {
+        pcie_lanes: 8,
+        pcie_lanes_max: 16,
+        pcie_generation: 4,
+        pcie_generation_max: 5,
+        nvlinks: 4,
+        nvlinks_down: 1,
+        ..LinkFacts::default()
+    };
+    let links = told(&all);
+    assert_eq!(links[0], expected);
+    let grown = LinkFacts {
+        pcie_replays: 3,
+        nvlink_errors: 2,
+        ..expected
+    };
+    assert_eq!(links[1], grown);
+    let readings = of_gpu(&all, 0).len();
+    assert!(readings >= 10, "{readings} readings, and links in two of them");
+    let second: Vec<_> = of_gpu(&all, 1)
+        .iter()
+        .map(|(_, reading)| reading.links.clone())
+        .collect();
+    assert!(second.contains(&Reading::Unsupported) && second.iter().all(|links| links.value().is_none()));
+}
+
+#[test]
+fn a_fault_is_heard_although_another_gpu_tells_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = NvmlSource::open(&stub(dir.path())).unwrap();
+    assert_eq!(source.take_faults(), []);
+    std::fs::write(dir.path().join("xid"), "").unwrap();
+    let begin = Instant::now();
+    let mut faults = Vec::new();
+    while faults.is_empty() && begin.elapsed() < Duration::from_secs(8) {
+        faults = source.take_faults();
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let [(at_ns, xid)] = faults.as_slice() else {
+        panic!("{faults:?}")
+    };
+    assert!(*at_ns <= monotonic_ns());
+    assert_eq!((xid.pci.as_str(), xid.code), ("0000:19:00.0", 79));
 }
 
 #[test]
