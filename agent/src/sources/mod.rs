@@ -4,6 +4,7 @@ pub mod clock;
 pub mod kineto;
 pub mod load;
 pub mod net;
+mod nic_stats;
 pub mod nvml;
 mod patrol;
 pub mod pcie;

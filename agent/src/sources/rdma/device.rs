@@ -11,6 +11,7 @@ use stallscope_attribution::time::Window;
 
 use super::super::clock::monotonic_ns;
 use super::super::load::Load;
+use super::super::nic_stats::{Chosen, NicStats};
 use super::super::patrol::{Station, Told};
 use super::super::sysfs::{self, Lack, names, number, text};
 use super::counters::{Counters, Family, Read};
@@ -36,6 +37,7 @@ pub(super) struct Device {
     path: PathBuf,
     name: String,
     load: Arc<Load>,
+    nic_stats: Option<Arc<NicStats>>,
     ports: BTreeMap<u32, Port>,
 }
 
@@ -45,6 +47,8 @@ struct Port {
     read_ns: u64,
     counters: Counters,
     last: RdmaPort,
+    /// The numbers of its interface that are told; none where it has none.
+    chosen: Option<(String, Chosen)>,
 }
 
 impl Station for Device {
@@ -69,6 +73,9 @@ impl Station for Device {
             }
             let described = self.describe(number, &pci);
             let port = self.ports.entry(number).or_default();
+            if let Some(nic_stats) = &self.nic_stats {
+                reads.extend(port.read_interface(nic_stats, &described.netdev));
+            }
             let begun_ns = std::mem::replace(&mut port.read_ns, at_ns);
             port.last = RdmaPort {
                 counters: port.counters.take(reads),
@@ -87,14 +94,51 @@ impl Station for Device {
     }
 }
 
+impl Port {
+    /// Numbers of the port's interface that tell of pauses.
+    fn read_interface(&mut self, nic_stats: &NicStats, netdev: &str) -> Vec<(Family, String, Read)> {
+        if netdev.is_empty() {
+            return Vec::new();
+        }
+        let is_known = self.chosen.as_ref().is_some_and(|(of, _)| of == netdev);
+        if !is_known {
+            // One that refuses has none, and is asked again with the next read.
+            self.chosen = nic_stats
+                .choose(netdev)
+                .ok()
+                .map(|chosen| (netdev.to_owned(), chosen));
+        }
+        let read = self
+            .chosen
+            .as_ref()
+            .map(|(_, chosen)| nic_stats.read(netdev, chosen));
+        match read {
+            Some(Ok(Some(values))) => values
+                .into_iter()
+                .map(|(name, value)| (Family::Device, name, Ok(value)))
+                .collect(),
+            // Its numbers are others now: they are chosen anew.
+            _ => {
+                self.chosen = None;
+                Vec::new()
+            }
+        }
+    }
+}
+
 impl Device {
     pub(super) fn new(class: &Path, name: &str, load: Arc<Load>) -> Self {
         Self {
             path: class.join(name),
             name: name.to_owned(),
             load,
+            nic_stats: None,
             ports: BTreeMap::new(),
         }
+    }
+
+    pub(super) fn with_nic_stats(self, nic_stats: Option<Arc<NicStats>>) -> Self {
+        Self { nic_stats, ..self }
     }
 
     /// One line a port, for people.

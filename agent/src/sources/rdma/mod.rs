@@ -6,6 +6,8 @@
 //! - [`RdmaSource::trouble`]`(now_ns) -> Option<String>`: what cannot be seen.
 //! - [`summary`]`(sys)`: one look, for `doctor`.
 //!
+//! Beside the port's own counters are those of its interface that tell of pauses (by ethtool).
+//!
 //! Devices, ports and counters are whatever is there: no port number, network interface or counter is taken for granted.
 //! Only ports that the RDMA subsystem shows in the agent's network namespace are seen.
 
@@ -23,6 +25,7 @@ use stallscope_attribution::reading::Reading;
 
 use self::device::Device;
 use super::load::Load;
+use super::nic_stats::NicStats;
 use super::patrol::{Beat, Patrol};
 use super::sysfs::{self, Lack};
 use crate::observation::Observation;
@@ -51,6 +54,11 @@ impl RdmaSource {
         let beat = Devices {
             class: class(sys),
             load,
+            // Interfaces are asked by name: those of a copied tree are not this machine's.
+            nic_stats: (sys == Path::new("/sys"))
+                .then(|| NicStats::open().ok())
+                .flatten()
+                .map(Arc::new),
         };
         let patrol = Patrol::start(node, beat, interval)?;
         Ok(Self { patrol })
@@ -76,6 +84,7 @@ fn class(sys: &Path) -> PathBuf {
 struct Devices {
     class: PathBuf,
     load: Arc<Load>,
+    nic_stats: Option<Arc<NicStats>>,
 }
 
 impl Beat for Devices {
@@ -95,7 +104,7 @@ impl Beat for Devices {
     }
 
     fn station(&self, name: &str) -> Device {
-        Device::new(&self.class, name, Arc::clone(&self.load))
+        Device::new(&self.class, name, Arc::clone(&self.load)).with_nic_stats(self.nic_stats.clone())
     }
 
     fn silent(fact: &HardwareFact, why: &str) -> Option<HardwareFact> {
