@@ -311,7 +311,7 @@ pub struct GpuHistory {
 }
 
 /// One TCP flow of the job, seen from its sending node, over a window.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct FlowFacts {
     /// Process that owns the socket.
     pub pid: u32,
@@ -333,6 +333,10 @@ pub struct FlowFacts {
     pub rtt_us: u32,
     /// Smallest round trip seen, microseconds.
     pub min_rtt_us: u32,
+    /// Most bytes that lay received and unread by the local process, in any sample of the window.
+    pub receive_backlog_bytes: u64,
+    /// Most probes of the peer's closed window without an answer that opens it: the peer's process does not read.
+    pub window_probes: u32,
 }
 
 /// A node's network over a window.

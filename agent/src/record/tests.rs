@@ -161,6 +161,8 @@ fn port() -> PortFacts {
             retransmits: 5,
             rtt_us: 6,
             min_rtt_us: 7,
+            receive_backlog_bytes: 5_000_000_000,
+            window_probes: 2,
         }],
     }
 }

@@ -6,7 +6,7 @@
 
 use super::rollup::realtime;
 use crate::budget::arith::mul_div;
-use crate::facts::{PPM, PortFacts};
+use crate::facts::{FlowFacts, PPM, PortFacts};
 use crate::time::Window;
 
 /// A port that held packets back in this share of its windows is under pressure, parts per million.
@@ -81,7 +81,9 @@ impl PortLoad {
                 .receiver_limited_ns
                 .saturating_add(busiest.receiver_limited_ns);
         }
-        for flow in &facts.flows {
+        // Of one that only receives, round trips are measured too seldom to say anything.
+        let sends = |flow: &&FlowFacts| flow.acked_bytes > 0 || flow.busy_ns > 0 || flow.unsent_bytes > 0;
+        for flow in facts.flows.iter().filter(sends) {
             self.unsent_bytes = self.unsent_bytes.max(flow.unsent_bytes);
             self.retransmits = self.retransmits.saturating_add(flow.retransmits);
             self.rtt_percent =
@@ -221,7 +223,6 @@ fn standing_out(loads: &[PortLoad], values: &[u64], least: u64) -> Option<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::facts::FlowFacts;
     use crate::reading::Reading;
 
     fn load(node: &str, held: u64, busy_ppm: u64, backlog_bytes: u64) -> PortLoad {
@@ -260,6 +261,7 @@ mod tests {
                 retransmits: 0,
                 rtt_us: 50,
                 min_rtt_us: 50,
+                ..FlowFacts::default()
             }],
         };
         let all = [facts("eth0", 90_000_000, 0), facts("eth1", 1_000_000, 300_000)];

@@ -360,7 +360,7 @@ prop_compose! {
             queue_overlimits: overlimits,
             flows: vec![FlowFacts {
                 pid: 1, local: String::new(), peer: String::new(), acked_bytes: flow.0, busy_ns: flow.1,
-                receiver_limited_ns: flow.2, unsent_bytes: flow.3, retransmits: flow.0, rtt_us: 1, min_rtt_us: 1,
+                receiver_limited_ns: flow.2, unsent_bytes: flow.3, retransmits: flow.0, rtt_us: 1, min_rtt_us: 1, ..FlowFacts::default()
             }],
         }
     }

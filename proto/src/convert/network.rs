@@ -35,6 +35,8 @@ impl From<&FlowFacts> for v1::FlowFacts {
             retransmits: flow.retransmits,
             rtt_us: flow.rtt_us,
             min_rtt_us: flow.min_rtt_us,
+            receive_backlog_bytes: flow.receive_backlog_bytes,
+            window_probes: flow.window_probes,
         }
     }
 }
@@ -54,6 +56,8 @@ impl TryFrom<v1::FlowFacts> for FlowFacts {
             retransmits: wire.retransmits,
             rtt_us: wire.rtt_us,
             min_rtt_us: wire.min_rtt_us,
+            receive_backlog_bytes: wire.receive_backlog_bytes,
+            window_probes: wire.window_probes,
         })
     }
 }

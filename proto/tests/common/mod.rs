@@ -138,6 +138,8 @@ pub(crate) fn port() -> PortFacts {
             retransmits: 2,
             rtt_us: 250,
             min_rtt_us: 80,
+            receive_backlog_bytes: 70_001,
+            window_probes: 3,
         }],
     }
 }

@@ -10,6 +10,9 @@ use super::tcp::{SocketId, TcpInfo, TcpSocket};
 /// Most flows reported of one port; the ones that sent most.
 const MAX_FLOWS: usize = 256;
 
+/// Less than this is read between two samples by any process that keeps up.
+const BACKLOG_BYTES: u64 = 64 << 10;
+
 /// By socket inode.
 #[derive(Debug, Default)]
 pub(super) struct Flows {
@@ -27,6 +30,8 @@ struct Flow {
     now: TcpInfo,
     most_unsent_bytes: u32,
     most_rtt_us: u32,
+    most_unread_bytes: u32,
+    most_window_probes: u32,
     /// Seen in this window; a connection that was not is closed.
     seen: bool,
 }
@@ -80,7 +85,9 @@ impl Flows {
                 continue;
             };
             let facts = flow.facts();
-            if facts.acked_bytes > 0 || facts.busy_ns > 0 || facts.unsent_bytes > 0 {
+            let sends = facts.acked_bytes > 0 || facts.busy_ns > 0 || facts.unsent_bytes > 0;
+            // Who only receives is told of when its process does not keep up.
+            if sends || facts.receive_backlog_bytes >= BACKLOG_BYTES {
                 by_port.entry(port).or_default().push(facts);
             }
         }
@@ -109,6 +116,8 @@ impl Flow {
             now: socket.info,
             most_unsent_bytes: 0,
             most_rtt_us: 0,
+            most_unread_bytes: 0,
+            most_window_probes: 0,
             seen: true,
         }
     }
@@ -117,6 +126,8 @@ impl Flow {
         self.now = socket.info;
         self.most_unsent_bytes = self.most_unsent_bytes.max(socket.info.unsent_bytes);
         self.most_rtt_us = self.most_rtt_us.max(socket.info.rtt_us);
+        self.most_unread_bytes = self.most_unread_bytes.max(socket.unread_bytes);
+        self.most_window_probes = self.most_window_probes.max(socket.info.window_probes);
         self.seen = true;
     }
 
@@ -124,6 +135,8 @@ impl Flow {
         self.before = self.now;
         self.most_unsent_bytes = 0;
         self.most_rtt_us = 0;
+        self.most_unread_bytes = 0;
+        self.most_window_probes = 0;
         self.seen = false;
     }
 
@@ -148,6 +161,8 @@ impl Flow {
             retransmits: now.retransmits.wrapping_sub(before.retransmits).into(),
             rtt_us,
             min_rtt_us: now.min_rtt_us.unwrap_or(rtt_us),
+            receive_backlog_bytes: self.most_unread_bytes.into(),
+            window_probes: self.most_window_probes,
         }
     }
 }
@@ -173,12 +188,14 @@ mod tests {
             unsent_bytes,
             busy_us: acked_bytes / 10,
             receiver_limited_us: acked_bytes / 100,
+            window_probes: u32::from(unsent_bytes > 500),
         };
         TcpSocket {
             id: SocketId::made_up(u8::try_from(inode).unwrap()),
             inode,
             local: local.parse().unwrap(),
             peer: peer.parse().unwrap(),
+            unread_bytes: 2 * unsent_bytes,
             info,
         }
     }
@@ -215,6 +232,8 @@ mod tests {
             retransmits: 4,
             rtt_us: 700,
             min_rtt_us: 40,
+            receive_backlog_bytes: 1800,
+            window_probes: 1,
         };
         assert_eq!(by_port, BTreeMap::from([(2, vec![expected])]));
         // The next window starts where this one ended; a closed flow is reported no more.
@@ -241,6 +260,24 @@ mod tests {
             );
         }
         assert_eq!(flows.finish(&addresses()), BTreeMap::new());
+    }
+
+    #[test]
+    fn a_flow_that_only_receives_is_told_when_its_process_does_not_read() {
+        let owners = HashMap::from([(1, 7), (2, 7)]);
+        let mut flows = Flows::default();
+        let receiving = |inode, unread_bytes| TcpSocket {
+            unread_bytes,
+            ..socket(inode, "10.0.0.1:5", "10.0.0.2:6", 0, 0, 1)
+        };
+        flows.sample(&[receiving(1, 60_000), receiving(2, 900_000)], &owners);
+        flows.sample(&[receiving(1, 0), receiving(2, 0)], &owners);
+        let by_port = flows.finish(&addresses());
+        let unread: Vec<u64> = by_port[&2]
+            .iter()
+            .map(|flow| flow.receive_backlog_bytes)
+            .collect();
+        assert_eq!(unread, [900_000]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Interfaces, their addresses and queues, by rtnetlink(7) in this network namespace; line rates from sysfs.
+//! Interfaces, their addresses and queues, by rtnetlink(7) in this network namespace; line rates from sysfs where
+//! ethtool has none.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,7 +17,9 @@ const RTM_NEWQDISC: u16 = 36;
 const RTM_GETQDISC: u16 = 38;
 
 const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
 const IFLA_STATS64: u16 = 23;
+const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const TCA_STATS2: u16 = 7;
@@ -27,12 +30,26 @@ const IFF_LOOPBACK: u32 = 8;
 /// Parents of queues for received packets start here (`TC_H_INGRESS`); `TC_H_ROOT` is above.
 const TC_H_INGRESS: u32 = 0xffff_fff1;
 
+/// Kinds of interfaces that end in the kernel. (A bond, a VLAN or a macvlan has the line of what is below.)
+const WITHOUT_LINE: [&[u8]; 8] = [
+    b"veth",
+    b"tun",
+    b"dummy",
+    b"bridge",
+    b"ifb",
+    b"vxlan",
+    b"geneve",
+    b"wireguard",
+];
+
 /// An interface that is up and not the loopback.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Link {
     pub(super) name: String,
     pub(super) sent_bytes: u64,
     pub(super) received_bytes: u64,
+    /// Software without a line under it; the rate it may tell is made up.
+    pub(super) has_no_line: bool,
 }
 
 /// The queues of one interface.
@@ -119,8 +136,16 @@ fn parse_link(body: &[u8]) -> Option<(i32, Link)> {
         name: String::from_utf8_lossy(name).into_owned(),
         received_bytes: u64_at(stats, 16)?,
         sent_bytes: u64_at(stats, 24)?,
+        has_no_line: find(IFLA_LINKINFO).is_some_and(has_no_line),
     };
     Some((index, link))
+}
+
+/// Whether the information on a link is that of a kind without a line.
+fn has_no_line(information: &[u8]) -> bool {
+    let kind = attributes(information).find(|(kind, _)| *kind == IFLA_INFO_KIND);
+    kind.and_then(|(_, name)| name.split(|&byte| byte == 0).next())
+        .is_some_and(|name| WITHOUT_LINE.contains(&name))
 }
 
 /// `struct ifaddrmsg`: family, prefix length, flags, scope, index. On point-to-point links the own address is
@@ -197,6 +222,7 @@ mod tests {
             name: "eth0".to_owned(),
             sent_bytes: 4000,
             received_bytes: 3000,
+            has_no_line: false,
         };
         assert_eq!(parse_link(&link(IFF_UP)), Some((5, expected)));
         assert_eq!(parse_link(&link(0)), None);
@@ -230,6 +256,19 @@ mod tests {
             ))
         );
         assert_eq!(parse_queue(&queue(TC_H_INGRESS)), None);
+    }
+
+    #[test]
+    fn software_has_no_line() {
+        let of = |kind: &[u8]| {
+            let information = [attribute(2, &[1, 2]), attribute(IFLA_INFO_KIND, kind)].concat();
+            let whole = [link(IFF_UP), attribute(IFLA_LINKINFO, &information)].concat();
+            parse_link(&whole).unwrap().1.has_no_line
+        };
+        assert_eq!(
+            [b"veth\0".as_slice(), b"tun", b"bond\0", b"", b"vethx\0"].map(of),
+            [true, true, false, false, false]
+        );
     }
 
     #[test]

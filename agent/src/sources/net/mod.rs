@@ -11,6 +11,7 @@
 //! addresses of the node use no port and are left out. Sockets of processes in other network namespaces are not seen:
 //! run one agent in each namespace that carries traffic of the job.
 
+mod ethtool;
 mod flows;
 mod links;
 mod netlink;
@@ -25,6 +26,7 @@ use stallscope_attribution::facts::PortFacts;
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
+use self::ethtool::Ethtool;
 use self::flows::Flows;
 use self::links::{Link, Queue};
 pub use self::netlink::DumpError;
@@ -32,6 +34,8 @@ use self::netlink::Netlink;
 use self::owners::Owners;
 use crate::observation::{Fact, Observation};
 
+/// How often line rates are read, ns: for some drivers that is a command to firmware.
+const RATES_NS: u64 = 10_000_000_000;
 /// How often ports are reported.
 const REPORT_NS: u64 = 1_000_000_000;
 /// Most flows read between two reports; of the others only what they sent is known, not how full they were meanwhile.
@@ -54,6 +58,11 @@ pub struct NetSource {
     class_net: PathBuf,
     diag: Netlink,
     route: Netlink,
+    /// `None` on kernels before 5.6, where only `/sys` knows line rates: those of the namespace it was mounted in.
+    ethtool: Option<Ethtool>,
+    /// By interface, as read last, and when they are read again.
+    rates: BTreeMap<i32, Reading<u64>>,
+    rates_due_ns: u64,
     owners: Owners,
     flows: Flows,
     addresses: BTreeMap<IpAddr, i32>,
@@ -82,6 +91,9 @@ impl NetSource {
             class_net: PathBuf::from("/sys/class/net"),
             diag: Netlink::open(Some(rustix::net::netlink::SOCK_DIAG)).map_err(NetError::Netlink)?,
             route: Netlink::open(None).map_err(NetError::Netlink)?,
+            ethtool: Ethtool::open().ok(),
+            rates: BTreeMap::new(),
+            rates_due_ns: 0,
             owners: Owners::new("/proc"),
             flows: Flows::default(),
             addresses: BTreeMap::new(),
@@ -186,6 +198,7 @@ impl NetSource {
                 return Vec::new();
             }
         };
+        self.read_rates(now_ns);
         let mut by_port = self.flows.finish(&self.addresses);
         let mut observations = Vec::new();
         if let Some(begun) = &self.begun
@@ -201,7 +214,7 @@ impl NetSource {
                     port: link.name.clone(),
                     window,
                     realtime_offset_ns,
-                    line_bytes_per_s: links::line_bytes_per_s(&self.class_net, &link.name),
+                    line_bytes_per_s: self.line_bytes_per_s(*index, link),
                     sent_bytes: link.sent_bytes.saturating_sub(before.sent_bytes),
                     received_bytes: link.received_bytes.saturating_sub(before.received_bytes),
                     backlog_bytes: self.queue_reading(self.backlog.get(index).map(|&bytes| bytes.into())),
@@ -223,6 +236,25 @@ impl NetSource {
             queues,
         });
         observations
+    }
+
+    fn read_rates(&mut self, now_ns: u64) {
+        let Some(ethtool) = self.ethtool.as_mut().filter(|_| now_ns >= self.rates_due_ns) else {
+            return;
+        };
+        self.rates_due_ns = now_ns.saturating_add(RATES_NS);
+        // What is not answered is asked of `/sys`.
+        self.rates = ethtool.line_rates().unwrap_or_default();
+    }
+
+    fn line_bytes_per_s(&self, index: i32, link: &Link) -> Reading<u64> {
+        if link.has_no_line {
+            return Reading::Unsupported;
+        }
+        match self.rates.get(&index) {
+            Some(rate) => rate.clone(),
+            None => links::line_bytes_per_s(&self.class_net, &link.name),
+        }
     }
 
     fn queue_reading(&self, value: Option<u64>) -> Reading<u64> {

@@ -43,6 +43,8 @@ pub(super) struct TcpSocket {
     pub(super) inode: u32,
     pub(super) local: SocketAddr,
     pub(super) peer: SocketAddr,
+    /// Received and not read by the process, now.
+    pub(super) unread_bytes: u32,
     pub(super) info: TcpInfo,
 }
 
@@ -59,6 +61,8 @@ pub(super) struct TcpInfo {
     pub(super) busy_us: u64,
     /// Of that, limited by the receiver's window.
     pub(super) receiver_limited_us: u64,
+    /// Probes of the peer's closed window that did not open it, now.
+    pub(super) window_probes: u32,
 }
 
 /// All established connections, IPv4 and IPv6.
@@ -134,6 +138,7 @@ fn parse(body: &[u8]) -> Option<TcpSocket> {
         inode,
         local,
         peer,
+        unread_bytes: u32_at(body, 56)?,
         info: parse_info(info)?,
     })
 }
@@ -149,6 +154,7 @@ fn parse_info(info: &[u8]) -> Option<TcpInfo> {
         min_rtt_us: u32_at(info, 148).map(|rtt| (rtt != NO_MIN_RTT).then_some(rtt))?,
         busy_us: u64_at(info, 168)?,
         receiver_limited_us: u64_at(info, 176)?,
+        window_probes: (*info.get(3)?).into(),
     })
 }
 
@@ -165,6 +171,7 @@ mod tests {
     fn tcp_info() -> Vec<u8> {
         let mut info = vec![0_u8; 232];
         let mut put = |at: usize, bytes: &[u8]| info[at..at + bytes.len()].copy_from_slice(bytes);
+        put(3, &[6]);
         put(68, &1500_u32.to_ne_bytes());
         put(100, &3_u32.to_ne_bytes());
         put(120, &(5_u64 << 32).to_ne_bytes());
@@ -183,6 +190,7 @@ mod tests {
         body[6..8].copy_from_slice(&40000_u16.to_be_bytes());
         body[8..8 + local.len()].copy_from_slice(local);
         body[24..24 + peer.len()].copy_from_slice(peer);
+        body[56..60].copy_from_slice(&65_432_u32.to_ne_bytes());
         body[68..72].copy_from_slice(&123_456_u32.to_ne_bytes());
         [body, attribute(8, &[0]), attribute(INET_DIAG_INFO, info)].concat()
     }
@@ -197,6 +205,7 @@ mod tests {
             unsent_bytes: 4096,
             busy_us: 777,
             receiver_limited_us: 55,
+            window_probes: 6,
         };
         let v4 = parse(&message(AF_INET, &[10, 0, 0, 1], &[10, 0, 0, 2], &tcp_info())).unwrap();
         assert_eq!(v4.local.to_string(), "10.0.0.1:29500");
@@ -204,6 +213,7 @@ mod tests {
             (v4.peer.to_string().as_str(), v4.inode, v4.info),
             ("10.0.0.2:40000", 123_456, expected)
         );
+        assert_eq!(v4.unread_bytes, 65_432);
         let mapped = Ipv4Addr::new(10, 0, 0, 1).to_ipv6_mapped().octets();
         let v6 = parse(&message(
             AF_INET6,
@@ -275,6 +285,27 @@ mod tests {
             later.info.acked_bytes >= own.info.acked_bytes + 50_000,
             "{later:?}"
         );
+        // Neither side reads on: what lies in the receiver's socket is told, and in the end its window is probed.
+        sender.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        while let Ok(more) = sender.write(&[7; 1 << 16]) {
+            sent += more;
+        }
+        let begin = std::time::Instant::now();
+        let (mut unread, mut probes) = (0, 0);
+        while begin.elapsed() < std::time::Duration::from_secs(5) && (unread == 0 || probes == 0) {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let all = established(&mut netlink).unwrap();
+            let peer = all
+                .iter()
+                .find(|socket| (socket.local, socket.peer) == (own.peer, own.local));
+            unread = peer.map_or(0, |peer| peer.unread_bytes);
+            let own = again(&mut netlink, &own.id).unwrap().unwrap();
+            probes = own.info.window_probes;
+        }
+        assert!(unread > 1000 && unread as usize <= sent, "{unread} of {sent}");
+        assert!(probes > 0, "the peer's window is closed");
+
         drop((sender, receiver));
         assert_eq!(again(&mut netlink, &own.id).unwrap(), None, "a closed connection");
     }

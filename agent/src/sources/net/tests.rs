@@ -128,6 +128,12 @@ fn a_slow_link_shows_as_backlog_and_a_busy_flow() {
     });
     let measured = std::thread::spawn(move || {
         enter(Lab::NAMES[0]);
+        // Link settings come through in a network namespace other than that of `/sys`: a veth says 10 Gbit/s.
+        let rates = Ethtool::open().unwrap().line_rates().unwrap();
+        assert!(
+            rates.values().any(|rate| *rate == Reading::Value(1_250_000_000)),
+            "{rates:?}"
+        );
         let mut source = NetSource::open("a").unwrap();
         let mut stream = TcpStream::connect(address.recv().unwrap()).unwrap();
         stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
@@ -151,6 +157,11 @@ fn a_slow_link_shows_as_backlog_and_a_busy_flow() {
     // The second window is wholly inside the transfer.
     let port = &ports[1];
     assert_eq!(port.port, "nic0");
+    assert_eq!(
+        port.line_bytes_per_s,
+        Reading::Unsupported,
+        "what a veth tells is made up"
+    );
     let rate = port.sent_bytes * S / port.window.len_ns();
     assert!(
         (2_000_000..3_000_000).contains(&rate),

@@ -62,6 +62,7 @@ pub(super) fn port_windows(
                     retransmits: 0,
                     rtt_us: if slow { 20_000 } else { 300 },
                     min_rtt_us: 100,
+                    ..FlowFacts::default()
                 }],
             }
         })

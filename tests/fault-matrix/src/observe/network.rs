@@ -102,6 +102,7 @@ impl Traffic {
                 retransmits: if self.congested { 240 } else { 0 },
                 rtt_us: if self.held || self.congested { 9_000 } else { 180 },
                 min_rtt_us: 90,
+                ..FlowFacts::default()
             }],
         }
     }
