@@ -83,6 +83,8 @@ pub struct Config {
     pub nvml: Nvml,
     /// `[devices]`
     pub devices: Devices,
+    /// `[nccl]`
+    pub nccl: Nccl,
     /// `[stream]`
     pub stream: Stream,
     /// `[store]`
@@ -127,6 +129,15 @@ section! {
     Devices "devices" {
         /// Where sysfs is mounted; in a container, the node's own.
         sys: PathBuf = PathBuf::from("/sys"), shown "\"/sys\"";
+    }
+}
+
+section! {
+    /// NCCL's own events, of jobs that were started with the profiler plugin of this package.
+    Nccl "nccl" {
+        /// Whether to ask such jobs for the waits of their network steps; see docs/deep-mode.md. Jobs without the plugin
+        /// are seen by probes alone, as they are without this setting.
+        profiler: bool = false, shown "false";
     }
 }
 
@@ -349,11 +360,12 @@ pub fn check(path: &Path) -> Result<(Config, Vec<Warning>), ConfigError> {
 /// The default file: every setting, commented out, with its documentation.
 #[must_use]
 pub fn default_file() -> String {
-    const SECTIONS: [SectionDocs; 7] = [
+    const SECTIONS: [SectionDocs; 8] = [
         Scope::DOCS,
         Probes::DOCS,
         Nvml::DOCS,
         Devices::DOCS,
+        Nccl::DOCS,
         Stream::DOCS,
         Store::DOCS,
         Control::DOCS,

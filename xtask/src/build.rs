@@ -20,6 +20,8 @@ pub struct Programs {
     pub vnode: PathBuf,
     /// The BPF object.
     pub bpf_object: PathBuf,
+    /// The plugin for NCCL's profiler.
+    pub nccl_profiler: PathBuf,
 }
 
 /// Builds the product, its BPF object and the virtual nodes.
@@ -29,6 +31,7 @@ pub struct Programs {
 pub fn programs(paths: &Paths) -> Result<Programs> {
     let packages = [
         "stallscope",
+        "stallscope-nccl-profiler",
         "virtual-node",
         "virtual-cuda",
         "virtual-nccl",
@@ -55,8 +58,14 @@ pub fn built(paths: &Paths) -> Result<Programs> {
         stallscope: paths.built(PROFILE, "stallscope"),
         vnode: paths.built(PROFILE, "vnode"),
         bpf_object: paths.bpf_object(),
+        nccl_profiler: paths.built(PROFILE, "libnccl_profiler_stallscope.so"),
     };
-    for file in [&programs.stallscope, &programs.vnode, &programs.bpf_object] {
+    for file in [
+        &programs.stallscope,
+        &programs.vnode,
+        &programs.bpf_object,
+        &programs.nccl_profiler,
+    ] {
         ensure!(
             file.exists(),
             "{} is not built; `cargo xtask test` builds it",

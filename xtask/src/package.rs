@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::paths::{self, Paths};
 use crate::{build, shell};
@@ -18,6 +18,7 @@ const MAX_BYTES: u64 = 8 << 20;
 const FILES: &[&str] = &[
     "/usr/bin/stallscope",
     "/usr/lib/stallscope/stallscope.bpf.o",
+    "/usr/lib/stallscope/libnccl-profiler-stallscope.so",
     "/usr/lib/systemd/system/stallscope.service",
     "/etc/stallscope/stallscope.toml",
 ];
@@ -121,8 +122,25 @@ fn check(package: &Path, files: &str) -> Result<()> {
             package.display()
         );
     }
+    if let Some(exposed) = files.lines().find(|line| exposes(line)) {
+        bail!(
+            "{} holds {exposed}: the loader would find it, and with it every job that uses NCCL",
+            package.display()
+        );
+    }
     eprintln!("package: {} ({bytes} bytes)", package.display());
     Ok(())
+}
+
+/// Whether a file is a library where the loader looks, changes where it looks, or has the name under which NCCL loads a
+/// plugin into every job.
+fn exposes(file: &str) -> bool {
+    let (folder, name) = file.rsplit_once('/').unwrap_or(("", file));
+    let is_library = name.ends_with(".so") || name.contains(".so.");
+    (is_library && folder != "/usr/lib/stallscope")
+        || name == "libnccl-profiler.so"
+        || folder.starts_with("/etc/ld.so")
+        || name == "nccl.conf"
 }
 
 fn deb_files(package: &Path) -> Result<String> {
@@ -139,4 +157,24 @@ fn rpm_files(package: &Path) -> Result<String> {
             .args(["--query", "--list", "--package"])
             .arg(package),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_load_the_plugin_unasked_is_seen() {
+        for exposed in [
+            "/usr/lib/libnccl-profiler-stallscope.so",
+            "/usr/lib/x86_64-linux-gnu/libnccl-profiler-stallscope.so",
+            "/usr/lib64/libother.so.1",
+            "/usr/lib/stallscope/libnccl-profiler.so",
+            "/etc/ld.so.conf.d/stallscope.conf",
+            "/etc/nccl.conf",
+        ] {
+            assert!(exposes(exposed), "{exposed}");
+        }
+        assert!(FILES.iter().all(|file| !exposes(file)));
+    }
 }

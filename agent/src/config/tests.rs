@@ -29,6 +29,7 @@ fn default_file_with_every_line_taken_in_is_valid_and_shows_the_defaults() {
     assert_eq!(config.node.as_deref(), Some("node-17"));
     assert!(config.stream.target().unwrap().is_some());
     assert_eq!(config.nvml, Nvml::default());
+    assert_eq!(config.nccl, Nccl::default());
     assert_eq!(config.store, Store::default());
     assert_eq!(config.control, Control::default());
 }

@@ -118,6 +118,7 @@ pub fn examine(config: &Config) -> Report {
     let mut checks = kernel::checks(&roots);
     checks.push(node::probes(&config.probes));
     checks.extend(node::nvml(&config.nvml));
+    checks.push(node::nccl_profiler(&config.nccl, &node::plugin_places()));
     checks.push(node::flows(&config.node_name()));
     checks.extend(devices::checks(&Roots {
         sys: config.devices.sys.clone(),

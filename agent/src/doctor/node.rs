@@ -1,6 +1,6 @@
 //! The agent's own parts: probes, NVML, network, store, stream.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Check, State};
 use crate::config;
@@ -125,6 +125,45 @@ fn gpu(gpu: &GpuSummary) -> Check {
             format!("{shown}: the device does not open"),
             "this GPU's activity and clocks",
             "see the kernel's log for Xid errors; drain and reset the GPU",
+        ),
+    }
+}
+
+/// Where the package's plugin may lie: where the packages put it, or beside a binary that was just built.
+pub(super) fn plugin_places() -> Vec<PathBuf> {
+    const NAME: &str = "libnccl-profiler-stallscope.so";
+    let exe = std::env::current_exe().unwrap_or_default();
+    let folders = exe.parent().into_iter().flat_map(|folder| {
+        let installed = folder.parent().map(|prefix| prefix.join("lib/stallscope"));
+        installed.into_iter().chain([folder.to_owned()])
+    });
+    folders.map(|folder| folder.join(NAME)).collect()
+}
+
+pub(super) fn nccl_profiler(config: &config::Nccl, places: &[PathBuf]) -> Check {
+    const NAME: &str = "nccl-profiler";
+    let plugin = places.iter().find(|path| path.exists());
+    match (config.profiler, plugin) {
+        (false, _) => Check {
+            state: State::NotConfigured,
+            ..Check::ok(
+                NAME,
+                "jobs are not asked for NCCL's own events: waits are read by probes",
+            )
+        },
+        (true, Some(path)) => Check::ok(
+            NAME,
+            format!(
+                "read in jobs started with NCCL_PROFILER_PLUGIN={}",
+                path.display()
+            ),
+        ),
+        (true, None) => Check::bad(
+            NAME,
+            State::Limited,
+            "the plugin is not installed here",
+            "NCCL's own events of jobs that do not bring the plugin themselves; probes tell their waits",
+            "install the stallscope package whole, or set nccl.profiler = false",
         ),
     }
 }
@@ -274,6 +313,18 @@ mod tests {
         std::fs::write(path("key"), "-----BEGIN PRIVATE KEY-----\n").unwrap();
         assert_eq!(stream(&stream_config).state, State::Ok);
         assert_eq!(stream(&config::Stream::default()).state, State::NotConfigured);
+    }
+
+    #[test]
+    fn the_plugin_is_missed_only_where_it_was_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("plugin.so");
+        let asked = config::Nccl { profiler: true };
+        let of = |config: &config::Nccl| nccl_profiler(config, std::slice::from_ref(&place)).state;
+        assert_eq!(of(&config::Nccl::default()), State::NotConfigured);
+        assert_eq!(of(&asked), State::Limited);
+        std::fs::write(&place, "").unwrap();
+        assert_eq!(of(&asked), State::Ok);
     }
 
     #[test]

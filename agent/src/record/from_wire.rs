@@ -11,9 +11,18 @@ use crate::observation::{
     Collective, CollectiveFunction, CommCreated, CopyDirection, Fact, FileOp, GpuReading, Observation,
     OffCpuReason, ProcessFacts, ProcessKey, ProcessRole, StepWait, StepWaits, SyncTarget, Thread,
 };
+use crate::sources::nccl_profiler;
 
 /// Rings by name; one that this version does not know is `other`.
-const RINGS: [&str; 6] = ["nccl", "cuda", "sched", "block", "procs", "agent"];
+const RINGS: [&str; 7] = [
+    "nccl",
+    "cuda",
+    "sched",
+    "block",
+    "procs",
+    "agent",
+    nccl_profiler::RING,
+];
 
 /// The observation of a message.
 pub(super) fn observation(wire: v1::Observation) -> Result<Observation, WireError> {

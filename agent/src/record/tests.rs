@@ -135,7 +135,10 @@ fn every_fact() -> Vec<Fact> {
             blocked_ns: 4,
         });
     }
-    facts.extend(["nccl", "cuda", "sched", "block", "agent"].map(|ring| Fact::Lost { ring, count: 1 }));
+    facts.extend(
+        ["nccl", "cuda", "sched", "block", "agent", "nccl-profiler"]
+            .map(|ring| Fact::Lost { ring, count: 1 }),
+    );
     facts
 }
 

@@ -10,7 +10,8 @@ use stallscope_attribution::time::Window;
 
 use super::shared::{Keys, Shared};
 use super::status::Condition;
-use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, Thread};
+use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
+use crate::sources::nccl_profiler::{self, NcclProfiler};
 use crate::sources::probes::{DeviceError, Probes};
 use crate::sources::procs::{Action, Discovery, Library, ProcessEvent};
 
@@ -28,6 +29,8 @@ pub(super) struct Discover {
     shared: Arc<Shared>,
     discovery: Discovery,
     probes: Option<Probes>,
+    nccl_profiler: Option<NcclProfiler>,
+    nccl_profiler_said: Option<Condition>,
     events: Receiver<ProcessEvent>,
     facts: SyncSender<Observation>,
     keys: Keys,
@@ -37,10 +40,12 @@ pub(super) struct Discover {
 }
 
 impl Discover {
+    /// `nccl_profiler` is `None` where it was not asked for.
     pub(super) fn new(
         shared: Arc<Shared>,
         scope: Option<String>,
         probes: Option<Probes>,
+        nccl_profiler: Option<NcclProfiler>,
         events: Receiver<ProcessEvent>,
         facts: SyncSender<Observation>,
     ) -> Self {
@@ -50,6 +55,8 @@ impl Discover {
             shared,
             discovery,
             probes,
+            nccl_profiler,
+            nccl_profiler_said: None,
             events,
             facts,
             keys: Keys::new(),
@@ -71,16 +78,47 @@ impl Discover {
             for action in self.discovery.poll(now_ns) {
                 self.apply(action);
             }
+            self.poll_nccl_profiler();
             self.poll_waits();
             self.poll_device_errors();
             self.forget_the_gone(super::now_ns());
         }
     }
 
+    /// Tells what the plugins in jobs say, and how they are.
+    fn poll_nccl_profiler(&mut self) {
+        let Some(plugins) = &mut self.nccl_profiler else {
+            return;
+        };
+        let told = plugins.poll(super::now_ns());
+        let troubles: Vec<&str> = plugins.troubles().into_iter().collect();
+        let condition = if troubles.is_empty() {
+            Condition::Works
+        } else {
+            Condition::Degraded(troubles.join("; "))
+        };
+        if self.nccl_profiler_said.as_ref() != Some(&condition) {
+            if let Condition::Degraded(why) = &condition {
+                tracing::warn!(why, "NCCL's profiler plugin is not read everywhere");
+            }
+            self.shared
+                .status
+                .lock()
+                .set_health(nccl_profiler::RING, condition.clone());
+            self.nccl_profiler_said = Some(condition);
+        }
+        for observation in told {
+            self.tell_in(observation.window, observation.fact);
+        }
+    }
+
     /// Tells what the network steps of known processes waited for.
     fn poll_waits(&mut self) {
         let Some(probes) = &mut self.probes else { return };
-        let told = probes.poll_waits(super::now_ns());
+        let plugins = self.nccl_profiler.as_ref();
+        probes.hold_waits(plugins.is_some_and(NcclProfiler::serves_all));
+        let mut told = probes.poll_waits(super::now_ns());
+        told.retain(|given| !plugins.is_some_and(|plugins| plugins.serves(given.tgid)));
         for given in told {
             let Some(process) = self.keys.get(&given.tgid).copied() else {
                 continue;
@@ -224,6 +262,11 @@ impl Discover {
             }
             tracing::info!(pid = key.pid, job = facts.job, rank = facts.rank, gpu = facts.gpu, role = ?facts.role, "process");
         }
+        if let Some(plugins) = &mut self.nccl_profiler
+            && facts.role == ProcessRole::Gpu
+        {
+            plugins.traced(key);
+        }
         self.tell(Fact::Process(facts));
     }
 
@@ -232,6 +275,9 @@ impl Discover {
             && self.keys.get(&key.pid) == Some(&key)
         {
             probes.forget_process(key.pid);
+        }
+        if let Some(plugins) = &mut self.nccl_profiler {
+            plugins.gone(key);
         }
         self.lingering.insert(key, super::now_ns() + LINGER_NS);
         self.tell(Fact::ProcessGone(key));

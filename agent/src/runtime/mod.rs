@@ -37,6 +37,7 @@ use crate::config::{Config, StreamTarget};
 use crate::control::server::ControlServer;
 use crate::record::{RecordError, Recorder};
 use crate::sources::clock;
+use crate::sources::nccl_profiler::NcclProfiler;
 use crate::sources::net::NetSource;
 use crate::sources::probes::{Loaded, Probes, ProbesConfig, Reader};
 use crate::store::{OpenError, Ring, Spool};
@@ -232,6 +233,7 @@ fn start_threads(
         Arc::clone(shared),
         config.scope.cgroup.clone(),
         probes,
+        config.nccl.profiler.then(NcclProfiler::default),
         news,
         facts,
     );

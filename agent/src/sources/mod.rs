@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod kineto;
 pub mod load;
+pub mod nccl_profiler;
 pub mod net;
 mod nic_stats;
 pub mod nvml;

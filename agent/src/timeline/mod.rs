@@ -39,6 +39,7 @@ pub use process::{FIXED_NS, LONGEST_STEP_NS, SEARCH_NS, SETTLE_NS};
 pub use reorder::HOLD_NS;
 
 use crate::observation::{Fact, GpuReading, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
+use crate::sources::nccl_profiler;
 use endings::Endings;
 use gpu::GpuCounters;
 use process::{Cut, CutKind, Process};
@@ -274,14 +275,21 @@ impl Timeline {
             return;
         }
         self.counters.lost_records += count;
-        for process in self.processes.values_mut() {
-            process.lost(ring, window, count);
+        // The plugin's events are not what steps are made of.
+        if ring != nccl_profiler::RING {
+            for process in self.processes.values_mut() {
+                process.lost(ring, window, count);
+            }
         }
         events.push(Event::Gap(RecordGap {
             node: self.node.clone(),
             window: self.realtime(window),
             what: match ring {
                 "agent" => "the agent was behind by all its queue holds: observations are missing".to_owned(),
+                nccl_profiler::RING => {
+                    "a job's NCCL profiler plugin had more to tell than was read: waits of network steps are too short"
+                        .to_owned()
+                }
                 ring => format!("the kernel's {ring} ring was full: records of calls are missing"),
             },
             count,

@@ -10,6 +10,7 @@ mod layout;
 pub mod abi;
 pub mod device;
 pub mod fold;
+pub mod profiler;
 pub mod record;
 pub mod waits;
 

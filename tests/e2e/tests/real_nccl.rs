@@ -2,10 +2,11 @@
 
 mod real {
     pub(crate) mod calls;
+    pub(crate) mod plugin;
     pub(crate) mod waits;
 }
 
-use real::{calls, waits};
+use real::{calls, plugin, waits};
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -139,4 +140,14 @@ fn a_library_without_local_symbols_is_traced_by_its_public_calls() -> Result<()>
         return Ok(());
     };
     waits::without_symbols(&libraries[1])
+}
+
+#[test]
+fn the_library_loads_the_plugin_and_obeys_its_mask() -> Result<()> {
+    let Some(libraries) = libraries("the_library_loads_the_plugin_and_obeys_its_mask") else {
+        return Ok(());
+    };
+    libraries
+        .iter()
+        .try_for_each(|real| plugin::one(real).with_context(|| format!("with NCCL {}", real.version)))
 }

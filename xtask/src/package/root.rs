@@ -76,6 +76,12 @@ impl Root {
     fn run_there(&self) -> Result<()> {
         shell::run(&mut self.command("/usr/bin/stallscope", &["--version"]))?;
         shell::run(&mut self.command("/usr/bin/stallscope", &["config", "check"]))?;
+        let known = self.command("/sbin/ldconfig", &["-p"]).output()?;
+        let known = String::from_utf8_lossy(&known.stdout).into_owned();
+        ensure!(
+            known.contains("libc.so.6") && !known.contains("nccl-profiler"),
+            "the loader knows of the plugin for NCCL:\n{known}"
+        );
         let doctor = self
             .command("/usr/bin/stallscope", &["doctor"])
             .output()

@@ -50,4 +50,5 @@ pub use object::{LoadError, Loaded, Probes, ProbesConfig, object_places};
 pub use rings::{DrainError, Drained, RawEvent, Reader};
 pub use stats::{RunStats, VerifierStats};
 pub use symbols::{FirstInstruction, SymbolError, Symbols};
+pub(super) use waits::pause_ns;
 pub use waits::{NoWaitHooks, ThreadWaits, WaitHooks, WaitsConfig};

@@ -210,6 +210,11 @@ impl Probes {
         self.waits.poll(&mut self.ebpf, now_ns)
     }
 
+    /// Keeps the wait hooks detached, as long as another source tells the same of every process.
+    pub fn hold_waits(&mut self, hold: bool) {
+        self.waits.hold(hold);
+    }
+
     /// Why the wait hooks could not be attached the last time.
     #[must_use]
     pub fn waits_trouble(&self) -> Option<&str> {

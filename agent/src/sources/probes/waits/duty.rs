@@ -23,7 +23,7 @@ const LONGEST_PAUSE_NS: u64 = 600_000_000_000;
 
 /// The pause after a window in which the busiest thread hit hooks `hits` times at `hit_ns` each, such that over window and
 /// pause the hits take at most the budget.
-pub(super) fn pause_ns(config: &WaitsConfig, window_ns: u64, hits: u64, hit_ns: u64) -> u64 {
+pub(in crate::sources) fn pause_ns(config: &WaitsConfig, window_ns: u64, hits: u64, hit_ns: u64) -> u64 {
     if config.budget_ppm == 0 {
         return LONGEST_PAUSE_NS;
     }

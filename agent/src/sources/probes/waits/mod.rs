@@ -19,6 +19,7 @@ use stallscope_attribution::time::Window;
 use stallscope_records::waits::{Wait, Waits};
 
 pub use duty::WaitsConfig;
+pub(in crate::sources) use duty::pause_ns;
 pub(super) use hooks::SYMBOLS;
 pub use hooks::{NoWaitHooks, WaitHooks};
 
@@ -78,6 +79,8 @@ pub(super) struct WaitStates {
     last: StdHashMap<u64, Waits>,
     /// A library came while the hooks of others were attached.
     is_stale: bool,
+    /// Somebody else tells the same of every process.
+    is_held: bool,
     trouble: Option<String>,
 }
 
@@ -96,6 +99,7 @@ impl WaitStates {
             steps: take_map(ebpf, "NCCL_STEPS")?,
             last: StdHashMap::new(),
             is_stale: false,
+            is_held: false,
             trouble: None,
         })
     }
@@ -113,6 +117,14 @@ impl WaitStates {
         }
     }
 
+    /// Keeps the hooks detached, or no longer.
+    pub(super) fn hold(&mut self, hold: bool) {
+        if hold && !std::mem::replace(&mut self.is_held, hold) {
+            self.detach(0);
+        }
+        self.is_held = hold;
+    }
+
     /// Why the hooks could not be attached the last time.
     pub(super) fn trouble(&self) -> Option<&str> {
         self.trouble.as_deref()
@@ -120,7 +132,7 @@ impl WaitStates {
 
     /// Attaches or detaches when it is time, and gives what a window that is over held.
     pub(super) fn poll(&mut self, ebpf: &mut Ebpf, now_ns: u64) -> Vec<ThreadWaits> {
-        if self.libraries.is_empty() || self.config.budget_ppm == 0 {
+        if self.libraries.is_empty() || self.config.budget_ppm == 0 || self.is_held {
             return Vec::new();
         }
         match &mut self.state {
@@ -207,7 +219,7 @@ impl WaitStates {
         };
         let (given, busiest) = self.read(window);
         let hit_ns = self.libraries.values().map(|hooked| hooked.hooks.hit_ns).max();
-        let pause_ns = duty::pause_ns(&self.config, window.len_ns(), busiest, hit_ns.unwrap_or(0));
+        let pause_ns = pause_ns(&self.config, window.len_ns(), busiest, hit_ns.unwrap_or(0));
         if pause_ns > 0 || self.is_stale {
             self.detach(now_ns.saturating_add(pause_ns));
         } else if let State::Attached { since_ns, .. } = &mut self.state {

@@ -16,6 +16,10 @@ static RANK_AT: AtomicUsize = AtomicUsize::new(0);
 /// The word before the rank of the communicator that was made last.
 static HASH: AtomicU64 = AtomicU64::new(0);
 
+/// Where the library loads a profiler plugin and makes a communicator known to it; 0 when there is nothing of the kind, or no
+/// plugin is asked for.
+static PLUGIN_INIT: AtomicUsize = AtomicUsize::new(0);
+
 /// Says `RANK_AT COUNT_AT DEVICE_AT USED`, then `NAME=RESULT:COMM:HASH` of every constructor: offsets are those from which the
 /// exported accessors read; the used communicator has a made-up identity; a hash is what the library wrote into the one it made.
 pub(crate) fn communicators(image: &Image) -> Outcome {
@@ -24,6 +28,10 @@ pub(crate) fn communicators(image: &Image) -> Outcome {
         ["ncclCommUserRank", "ncclCommCount", "ncclCommCuDevice"].map(|name| offset_read_by(image, name));
     let rank_at = rank_at?;
     RANK_AT.store(rank_at, Ordering::Relaxed);
+    if std::env::var_os("NCCL_PROFILER_PLUGIN").is_some() {
+        let init = image.local("_Z22ncclProfilerPluginInitP8ncclComm");
+        PLUGIN_INIT.store(init.unwrap_or(0), Ordering::Relaxed);
+    }
     let made = construct(image)?;
     let used = use_one(image, rank_at)?;
     Ok(format!(
@@ -201,6 +209,11 @@ extern "C" fn note_name(comm: *mut u8) -> c_int {
             .read_unaligned()
     };
     HASH.store(hash, Ordering::Relaxed);
+    let init = PLUGIN_INIT.load(Ordering::Relaxed);
+    if init != 0 {
+        // SAFETY: the name carries the types; what was replaced calls it with the same communicator.
+        unsafe { std::mem::transmute::<usize, extern "C" fn(*mut u8) -> c_int>(init)(comm) };
+    }
     0
 }
 

@@ -6,6 +6,7 @@
 mod calls;
 mod image;
 mod made_up_gpu;
+mod plugin;
 mod waits;
 
 use std::error::Error;
@@ -47,6 +48,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             "collectives" => calls::collectives(&image),
             "communicators" => made_up_gpu::communicators(&image),
             "waits" => waits::walk(&image),
+            "mask" => plugin::mask(&image),
+            "control" => plugin::control(&image),
             "crash" => calls::crash(&image),
             word => Err(format!("no such step: {word}").into()),
         };
