@@ -1,6 +1,9 @@
 //! From the traces of a job to its analysis.
 
-use super::collectives::{self, Joined};
+use std::collections::BTreeMap;
+
+use super::blame::Moved;
+use super::collectives::{self, Joined, Joining};
 use super::contention::{Contention, contention};
 use super::efficiency::{ModelMath, Span, by_class, carve, model_math};
 use super::label::{Known, before, label};
@@ -61,28 +64,45 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         for device in &rank.devices {
             let mut records = device.records.clone();
             records.sort_by_key(|record| (record.window, record.launch, record.stream, record.token));
-            devices.push((rank, &device.subject, records));
+            let edges = Edges::of(&records, &rank.marks);
+            devices.push((rank, &device.subject, records, edges));
         }
     }
-    devices.sort_by_key(|(_, subject, _)| (subject.rank, subject.gpu));
+    devices.sort_by_key(|(_, subject, ..)| (subject.rank, subject.gpu));
     let world = devices
         .iter()
-        .map(|(_, subject, _)| subject.world)
+        .map(|(_, subject, ..)| subject.world)
         .max()
         .unwrap_or(0);
-    let all: Vec<&[Record]> = devices.iter().map(|(_, _, records)| records.as_slice()).collect();
-    let joined = collectives::join(&all, world, job.declared.bus_bytes_per_s);
+    let joining: Vec<Joining<'_>> = devices
+        .iter()
+        .map(|(_, subject, records, edges)| Joining {
+            subject,
+            records,
+            steps: &edges.at_ns,
+        })
+        .collect();
+    let joined = collectives::join(&joining, world, job.declared.bus_bytes_per_s);
     gaps.extend(joined.gaps.iter().cloned());
     let labelled: Vec<Labelled> = devices
         .into_iter()
         .enumerate()
-        .map(|(at, (rank, subject, records))| {
-            Labelled::new(rank, subject.clone(), records, &joined.of(at), &job.declared)
+        .map(|(at, (rank, subject, records, edges))| {
+            Labelled::new(
+                rank,
+                subject.clone(),
+                (records, edges),
+                &joined.of(at),
+                &job.declared,
+            )
         })
         .collect();
-    let blame = blames(&joined, &labelled);
+    let moved = moved(&joined, &labelled);
+    let blame = blames(&moved, &labelled);
     let observed = observed(&job, &labelled);
-    let work = work(&labelled, &job.declared);
+    let mut work = work(&labelled, &job.declared);
+    work.notes.extend(alignment(&joined));
+    work.notes.extend(circles(&moved, &labelled));
     let ideal_ns = work.efficiency.as_ref().map(|_| {
         labelled
             .iter()
@@ -91,6 +111,7 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
     let verdicts = verdict::judge(&Case {
         gpus: &labelled,
         joined: &joined,
+        moved: &moved,
         blame: &blame,
         ranks: world.max(u32::try_from(labelled.len()).unwrap_or(u32::MAX)),
         ideal_ns,
@@ -178,27 +199,26 @@ impl Labelled {
     fn new(
         rank: &RankTrace,
         subject: GpuSubject,
-        records: Vec<Record>,
+        (records, edges): (Vec<Record>, Edges),
         joined: &collectives::OfRank<'_>,
         declared: &Declared,
     ) -> Self {
         let again = repeated(&records, &rank.repeated);
         let contention = contention(&records);
-        let waits: Vec<Window> = joined.waits.iter().map(|wait| wait.window).collect();
         let known = Known {
-            waits: &waits,
+            waits: &joined.waits,
             moves: joined.moves,
             again: &again,
             excess_ns: &contention.excess_ns,
         };
         let host = Host::new(&rank.host, rank.main_thread);
         let labels = label(&records, known, &host);
-        let (edges, method, calls) = edges(&records, &rank.marks);
         let end = labels.last().map_or(0, |label| label.window.end_ns());
         // The last mark ends with the trace; a pattern's last call begins a step that may be cut off.
-        let marked = method == StepMethod::Declared;
-        let ends = edges.iter().copied().skip(1).chain(marked.then_some(end));
+        let marked = edges.method == StepMethod::Declared;
+        let ends = edges.at_ns.iter().copied().skip(1).chain(marked.then_some(end));
         let steps: Vec<Window> = edges
+            .at_ns
             .iter()
             .zip(ends)
             .filter_map(|(start, end)| Window::new(*start, end))
@@ -224,8 +244,8 @@ impl Labelled {
             contention,
             math,
             steps,
-            method,
-            calls,
+            method: edges.method,
+            calls: edges.calls,
             records,
         }
     }
@@ -255,14 +275,40 @@ impl Labelled {
     }
 }
 
-fn edges(records: &[Record], marks: &[Window]) -> (Vec<u64>, StepMethod, u32) {
-    let declared = marked(records, marks);
-    if !declared.is_empty() {
-        return (declared, StepMethod::Declared, 0);
+/// Where a GPU's steps begin.
+struct Edges {
+    at_ns: Vec<u64>,
+    method: StepMethod,
+    /// Calls per step; 0 when the job marked them.
+    calls: u32,
+}
+
+impl Edges {
+    fn of(records: &[Record], marks: &[Window]) -> Self {
+        let declared = marked(records, marks);
+        let found = if declared.is_empty() {
+            pattern(records)
+        } else {
+            None
+        };
+        let method = if declared.is_empty() {
+            StepMethod::FixedWindow
+        } else {
+            StepMethod::Declared
+        };
+        found.map_or(
+            Self {
+                at_ns: declared,
+                method,
+                calls: 0,
+            },
+            |found| Self {
+                at_ns: found.edges,
+                method: found.method,
+                calls: found.calls,
+            },
+        )
     }
-    pattern(records).map_or((Vec::new(), StepMethod::FixedWindow, 0), |found| {
-        (found.edges, found.method, found.calls)
-    })
 }
 
 fn measured(records: &[Record], joined: &collectives::OfRank<'_>, contention: &Contention) -> u32 {
@@ -302,13 +348,24 @@ fn budget(labels: &[Label], mut measured: u32, math: Option<&ModelMath>) -> Budg
         .unwrap_or_else(|_| Budget::unobserved(window_ns))
 }
 
-fn blames(joined: &Joined, gpus: &[Labelled]) -> Vec<Blame> {
+fn moved(joined: &Joined, gpus: &[Labelled]) -> Moved {
     let labels: Vec<Vec<Label>> = gpus
         .iter()
         .map(|gpu| [&gpu.before[..], &gpu.labels].concat())
         .collect();
-    let mut blames: Vec<Blame> = joined
-        .blame(&labels)
+    joined.moved(&labels)
+}
+
+/// Waiting by who caused it; sums to all of it.
+fn blames(moved: &Moved, gpus: &[Labelled]) -> Vec<Blame> {
+    let mut costs: BTreeMap<(Option<usize>, Leaf), u64> = BTreeMap::new();
+    for ((rank, leaf, _), ns) in &moved.to {
+        *costs.entry((Some(*rank), *leaf)).or_default() += ns;
+    }
+    for ns in moved.circles.values() {
+        *costs.entry((None, Leaf::CommSkew)).or_default() += ns;
+    }
+    let mut blames: Vec<Blame> = costs
         .into_iter()
         .map(|((culprit, leaf), cost_ns)| Blame {
             place: culprit.map_or_else(Place::default, |at| place(&gpus[at].subject)),
@@ -319,6 +376,33 @@ fn blames(joined: &Joined, gpus: &[Labelled]) -> Vec<Blame> {
         .collect();
     blames.sort_by(|a, b| b.cost_ns.cmp(&a.cost_ns).then_with(|| a.place.cmp(&b.place)));
     blames
+}
+
+/// How well clocks of different nodes could be compared.
+fn alignment(joined: &Joined) -> Option<String> {
+    (joined.clocks > 0).then(|| {
+        format!(
+            "comm.skew: {} clocks were aligned by the ends of collectives, to {} us; shorter waiting between them is \
+             nobody's",
+            joined.clocks + 1,
+            joined.residual_ns.div_ceil(1000),
+        )
+    })
+}
+
+/// Waiting that could not be given to anybody, with the ranks it goes round in.
+fn circles(moved: &Moved, gpus: &[Labelled]) -> Option<String> {
+    let unresolved: u64 = moved.circles.values().fold(0, |sum, ns| sum.saturating_add(*ns));
+    let (ranks, _) = moved.circles.iter().max_by_key(|(_, ns)| **ns)?;
+    let names: Vec<String> = ranks
+        .iter()
+        .map(|at| gpus[*at].subject.rank.to_string())
+        .collect();
+    Some(format!(
+        "comm.skew: {} us belong to nobody: ranks {} wait for each other in different communicators",
+        unresolved / 1000,
+        names.join(", "),
+    ))
 }
 
 pub(super) fn place(subject: &GpuSubject) -> Place {

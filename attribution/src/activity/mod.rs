@@ -5,6 +5,7 @@
 //! launched what ended the gap. Budgets, steps and blame are sums over these labels, so all of them agree to the ns.
 
 mod analyse;
+mod blame;
 mod collectives;
 mod contention;
 mod efficiency;
@@ -84,9 +85,21 @@ pub struct Collective {
     pub ranks: u32,
     /// Operation and size, equal on all ranks.
     pub message: u64,
+    /// Of a send or a receive the other rank; `None` of what all ranks of the communicator take part in, and where
+    /// the trace does not say.
+    pub peer: Option<Peer>,
     /// Bytes that the slowest link of each rank carries for it in a bandwidth-optimal algorithm, as bus bandwidth
     /// counts them; `None` when the trace does not give the size.
     pub bus_bytes: Option<u64>,
+}
+
+/// The other rank of a transfer between two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Peer {
+    /// Sent to that rank.
+    To(u32),
+    /// Received from that rank.
+    From(u32),
 }
 
 /// What a host thread did, in the priority in which overlapping ranges are swept (first wins).

@@ -35,6 +35,7 @@ impl Collective {
             group: 0,
             ranks: 0,
             message: 1,
+            peer: None,
             bus_bytes: None,
         }
     }

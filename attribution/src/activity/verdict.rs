@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use super::Work;
 use super::analyse::{Labelled, place};
+use super::blame::Moved;
 use super::collectives::Joined;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Confidence, Place};
@@ -34,6 +35,7 @@ const RETURNS_PERCENT: u64 = 85;
 pub(super) struct Case<'a> {
     pub(super) gpus: &'a [Labelled],
     pub(super) joined: &'a Joined,
+    pub(super) moved: &'a Moved,
     pub(super) blame: &'a [Blame],
     /// Ranks of the job, known or not.
     pub(super) ranks: u32,

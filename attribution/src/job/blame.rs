@@ -11,10 +11,13 @@ use core::ops::Range;
 
 use super::align::{AlignedStep, ByLeaf, median};
 use crate::budget::arith::{apportion, mul_div, signed};
+use crate::facts::StepMethod;
 use crate::leaf::{Class, Leaf};
 
 /// Steps in a block.
 const BLOCK: usize = 10;
+/// Windows of fixed length in a block: together they hold several steps of most jobs.
+const FIXED_BLOCK: usize = 60;
 /// Who waited for less than this share of what the first rank waited for was late too, percent.
 const LATE_PERCENT: u64 = 35;
 /// A last arriver leads by at least this, parts per million of the step: below it the order is chance.
@@ -67,8 +70,9 @@ pub(super) fn skew(steps: &[AlignedStep<'_>], regimes: &[Range<usize>]) -> Skew 
         moves: Vec::new(),
     };
     for regime in regimes {
-        for at in regime.clone().step_by(BLOCK) {
-            let block = &steps[at..(at + BLOCK).min(regime.end)];
+        for range in blocks(steps, regime) {
+            let at = range.start;
+            let block = &steps[range];
             let waited = waiting(block);
             let late: Vec<_> = block
                 .iter()
@@ -83,6 +87,29 @@ pub(super) fn skew(steps: &[AlignedStep<'_>], regimes: &[Range<usize>]) -> Skew 
     skew
 }
 
+/// The blocks of a regime. Windows of fixed length and steps do not share one.
+fn blocks(steps: &[AlignedStep<'_>], regime: &Range<usize>) -> Vec<Range<usize>> {
+    let mut blocks = Vec::new();
+    let mut at = regime.start;
+    while at < regime.end {
+        let fixed = is_fixed(&steps[at]);
+        let most = if fixed { FIXED_BLOCK } else { BLOCK };
+        let until = regime.end.min(at + most);
+        let end = (at..until)
+            .find(|at| is_fixed(&steps[*at]) != fixed)
+            .unwrap_or(until);
+        blocks.push(at..end);
+        at = end;
+    }
+    blocks
+}
+
+/// Whether the edges are not those of a step.
+fn is_fixed(step: &AlignedStep<'_>) -> bool {
+    let mut cells = step.cells.iter().flatten();
+    cells.any(|cell| cell.step.method == StepMethod::FixedWindow)
+}
+
 /// By step of the block and rank: waiting, ns. Nobody waits where fewer than two ranks were seen.
 fn waiting(block: &[AlignedStep<'_>]) -> Vec<Vec<u64>> {
     let ranks = block.first().map_or(0, |step| step.cells.len());
@@ -90,7 +117,11 @@ fn waiting(block: &[AlignedStep<'_>]) -> Vec<Vec<u64>> {
     for (compute, unseen) in compute.iter_mut().zip(unseen_idle(block, ranks)) {
         *compute = compute.saturating_add(unseen);
     }
-    let mut waited: Vec<Vec<u64>> = block.iter().map(|step| step_waiting(step, &compute)).collect();
+    let mut waited: Vec<Vec<u64>> = if block.first().is_some_and(is_fixed) && !block.iter().any(is_exact) {
+        window_waiting(block, &compute)
+    } else {
+        block.iter().map(|step| step_waiting(step, &compute)).collect()
+    };
     // No rank waited longer than it communicated: what the averages say beyond that is not there to be moved.
     for rank in 0..ranks {
         let comm: i64 = block
@@ -149,13 +180,55 @@ fn block_compute(block: &[AlignedStep<'_>], ranks: usize) -> Vec<i64> {
         .collect()
 }
 
+/// Waiting where edges of steps are not known. Windows cut steps in the middle: who communicates least in one of them
+/// is only at another point of the step, and a pipeline's ranks take turns. Over a block of windows it is who arrives
+/// last. The waiting is spread evenly: in which window it was is not known.
+fn window_waiting(block: &[AlignedStep<'_>], compute: &[i64]) -> Vec<Vec<u64>> {
+    let mut waited = vec![vec![0; compute.len()]; block.len()];
+    let mean = |rank: usize| {
+        let cells = || block.iter().filter_map(|step| step.cells[rank].as_ref());
+        let sum: u64 = cells().map(|cell| communicated(cell, compute[rank])).sum();
+        let window_ns: u64 = cells().map(|cell| cell.window_ns).sum();
+        let count = cells().count() as u64;
+        (count > 0).then(|| (sum / count, window_ns / count))
+    };
+    let means: Vec<Option<(u64, u64)>> = (0..compute.len()).map(mean).collect();
+    let known = || means.iter().flatten();
+    let least = known().map(|(comm, _)| *comm).min().unwrap_or(0);
+    let most = known().map(|(comm, _)| comm - least).max().unwrap_or(0);
+    let longest = known().map(|(_, window_ns)| *window_ns).max().unwrap_or(0);
+    if known().count() < 2 || is_chance(most, longest) {
+        return waited;
+    }
+    for (step, waited) in block.iter().zip(&mut waited) {
+        for (rank, mean) in means.iter().enumerate() {
+            if let (Some((comm, _)), Some(_)) = (mean, &step.cells[rank]) {
+                waited[rank] = comm - least;
+            }
+        }
+    }
+    waited
+}
+
+/// What is left of a cell's window when idle time, copies and compute are taken off, ns.
+fn communicated(cell: &super::align::Cell<'_>, compute: i64) -> u64 {
+    let other = cell.class_ns(Class::Idle) + cell.class_ns(Class::Memory) + compute;
+    u64::try_from(signed(cell.window_ns) - other).unwrap_or(0)
+}
+
+/// Whether waiting this long may be chance in a step that long.
+fn is_chance(waited_ns: u64, step_ns: u64) -> bool {
+    u128::from(waited_ns) * 1_000_000 < u128::from(step_ns) * MARGIN_PPM
+}
+
+/// Whether its waiting was measured.
+fn is_exact(step: &AlignedStep<'_>) -> bool {
+    let mut cells = step.cells.iter().flatten();
+    cells.any(|cell| cell.step.budget.is_measured(Leaf::CommSkew))
+}
+
 fn step_waiting(step: &AlignedStep<'_>, compute: &[i64]) -> Vec<u64> {
-    let exact = step
-        .cells
-        .iter()
-        .flatten()
-        .any(|cell| cell.step.budget.is_measured(Leaf::CommSkew));
-    if exact {
+    if is_exact(step) {
         let skew =
             |cell: &super::align::Cell<'_>| u64::try_from(cell.leaves[Leaf::CommSkew.index()]).unwrap_or(0);
         return step
@@ -172,11 +245,7 @@ fn step_waiting(step: &AlignedStep<'_>, compute: &[i64]) -> Vec<u64> {
         .cells
         .iter()
         .zip(compute)
-        .map(|(cell, compute)| {
-            let cell = cell.as_ref()?;
-            let other = cell.class_ns(Class::Idle) + cell.class_ns(Class::Memory) + compute;
-            Some(u64::try_from(signed(cell.window_ns) - other).unwrap_or(0))
-        })
+        .map(|(cell, compute)| Some(communicated(cell.as_ref()?, *compute)))
         .collect();
     let least = comm.iter().flatten().min().copied().unwrap_or(0);
     let waited: Vec<u64> = comm
@@ -191,11 +260,7 @@ fn step_waiting(step: &AlignedStep<'_>, compute: &[i64]) -> Vec<u64> {
         .map(|cell| cell.window_ns)
         .max()
         .unwrap_or(0);
-    if u128::from(most) * 1_000_000 < u128::from(longest) * MARGIN_PPM {
-        none
-    } else {
-        waited
-    }
+    if is_chance(most, longest) { none } else { waited }
 }
 
 /// The ranks that waited least, where somebody waited. Of one rank alone nobody knows for whom it waited.

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use memchr::memmem;
 use stallscope_attribution::activity::{
-    Collective, Device, Doing, HostRange, KernelClass, Launch, Pipe, RankTrace, Record, Work,
+    Collective, Device, Doing, HostRange, KernelClass, Launch, Peer, Pipe, RankTrace, Record, Work,
 };
 use stallscope_attribution::facts::{GpuSubject, RecordGap};
 use stallscope_attribution::time::Window;
@@ -483,6 +483,7 @@ fn collective(name: &str, args: &Args<'_>) -> Collective {
     let size = even.then_some((args.elements, args.dtype));
     let function = name.split('(').next().unwrap_or_default();
     let ranks = number(args.group_size);
+    let peer = peer(&operation, args);
     Collective {
         group: if args.group_name.is_empty() {
             0
@@ -490,8 +491,23 @@ fn collective(name: &str, args: &Args<'_>) -> Collective {
             hash(&(args.group_name, args.group_ranks)).max(1)
         },
         ranks: ranks.and_then(|ranks| u32::try_from(ranks).ok()).unwrap_or(0),
-        message: hash(&(function, operation.as_ref(), size)),
+        // A send and its receive have names of their own; both have the size.
+        message: match peer {
+            Some(_) => hash(&(args.elements, args.dtype)),
+            None => hash(&(function, operation.as_ref(), size)),
+        },
+        peer,
         bus_bytes: ranks.and_then(|ranks| bus_bytes(&operation, args, ranks)),
+    }
+}
+
+/// The other rank of a transfer between two, where the trace names it.
+fn peer(operation: &str, args: &Args<'_>) -> Option<Peer> {
+    let rank = |raw| u32::try_from(number(raw)?).ok();
+    match operation {
+        "send" => rank(args.receiver).map(Peer::To),
+        "recv" => rank(args.sender).map(Peer::From),
+        _ => None,
     }
 }
 
@@ -508,6 +524,7 @@ fn bus_bytes(operation: &str, args: &Args<'_>, ranks: u64) -> Option<u64> {
     let others = ranks.checked_sub(1)?;
     match operation {
         "allreduce" => input.checked_mul(2)?.checked_mul(others)?.checked_div(ranks),
+        "send" | "recv" => Some(input),
         "_allgather_base" => input.checked_mul(others),
         "_reduce_scatter_base" => input.checked_mul(others)?.checked_div(ranks),
         _ => None,

@@ -102,6 +102,8 @@ pub(super) struct Args<'a> {
     pub(super) group_size: &'a [u8],
     pub(super) group_name: &'a [u8],
     pub(super) group_ranks: &'a [u8],
+    pub(super) sender: &'a [u8],
+    pub(super) receiver: &'a [u8],
 }
 
 impl<'a> Args<'a> {
@@ -122,6 +124,8 @@ impl<'a> Args<'a> {
                 b"Group size" => args.group_size = value,
                 b"Process Group Name" => args.group_name = value,
                 b"Process Group Ranks" => args.group_ranks = value,
+                b"Src Rank" => args.sender = value,
+                b"Dst Rank" => args.receiver = value,
                 _ => {}
             }
         });

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use super::{Case, LEAST_PPM, ONE_RANK_PERCENT, millis, percent, plain, price, sum};
+use super::{Case, LEAST_PPM, late, millis, percent, plain, price, sum};
+use crate::activity::analyse::place;
+use crate::activity::blame::{Culprit, Kind, culprit};
 use crate::activity::{KernelClass, Record, Work};
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::PPM;
 use crate::job::{Evidence, RuledOut, Verdict};
-use crate::leaf::Leaf;
+use crate::leaf::{Class, Leaf};
 
 /// A late rank's cause is named when it kept the rank for this share of the waiting, percent.
 const KNOWN_PERCENT: u64 = 25;
@@ -19,40 +21,40 @@ const SLOWER_PERCENT: u64 = 105;
 /// A device is judged by at least so many different kernels.
 const LEAST_KERNELS: usize = 4;
 
-/// Exposed waiting for late ranks, when it is a loss worth naming: the rank that most of it was for, and what it did.
-/// Waiting under compute costs nothing and does not count.
+/// Exposed waiting for late ranks, when it is a loss worth naming: the rank, node or stage that most of it was for, and
+/// what it did. Waiting under compute costs nothing and does not count.
 pub(super) fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
     let exposed = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
     if mul_div(exposed, PPM, total_ns) < LEAST_PPM {
         return None;
     }
-    let mut by_rank: BTreeMap<&Place, u64> = BTreeMap::new();
-    for blame in case.blame {
-        *by_rank.entry(&blame.place).or_default() += blame.cost_ns;
-    }
-    let waited: u64 = by_rank.values().sum();
-    let (worst, theirs) = by_rank.iter().max_by_key(|(_, ns)| **ns)?;
-    let one = u128::from(*theirs) * 100 >= u128::from(waited) * u128::from(ONE_RANK_PERCENT);
+    let culprit = who(case)?;
+    let one = culprit.kind != Kind::Moving;
     let mut causes: BTreeMap<Cause, u64> = BTreeMap::new();
-    for blame in case.blame.iter().filter(|blame| !one || blame.place == **worst) {
-        *causes.entry(blame.cause).or_default() += blame.cost_ns;
+    let (mut blamed, mut waited) = (0_u64, case.moved.circles.values().sum::<u64>());
+    for ((rank, leaf, _), ns) in &case.moved.to {
+        waited = waited.saturating_add(*ns);
+        if !one || culprit.ranks.contains(rank) {
+            *causes.entry(late(*leaf)).or_default() += ns;
+            blamed = blamed.saturating_add(*ns);
+        }
     }
-    let blamed: u64 = causes.values().sum();
     let known = causes
         .iter()
         .filter(|(cause, _)| **cause != Cause::Unknown)
         .max_by_key(|(_, ns)| **ns)
         .filter(|(_, ns)| u128::from(**ns) * 100 >= u128::from(blamed) * u128::from(KNOWN_PERCENT));
     let mut cause = known.map_or(Cause::Unknown, |(cause, _)| *cause);
-    let slower = worst
-        .rank
-        .filter(|_| one && cause == Cause::JobImbalance)
-        .and_then(|rank| slower_percent(case, rank));
+    let place = where_is(case, &culprit);
+    // A stage of several nodes has more work by construction, not a slow device in each.
+    let slower = Some(&culprit)
+        .filter(|culprit| cause == Cause::JobImbalance && culprit.is_persistent() && place.node.is_some())
+        .and_then(|culprit| slower_percent(case, &culprit.ranks));
     if slower.is_some_and(|percent| percent >= SLOWER_PERCENT) {
         cause = Cause::KernelClock;
     }
     let cost_ns = if one {
-        mul_div(exposed, *theirs, waited)
+        mul_div(exposed, culprit.ns, waited)
     } else {
         exposed
     };
@@ -63,24 +65,93 @@ pub(super) fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
         "trace the late rank and another one together with_stack=True: compare what they do before the collective"
     };
     let mut verdict = plain(cause, confirm);
-    verdict.place = if one { (*worst).clone() } else { Place::default() };
+    verdict.place = place;
     verdict.evidence = lateness(case);
-    verdict.evidence.extend(meanwhile(case, one.then_some(*worst)));
+    verdict.evidence.extend(together(case, &culprit, waited));
+    verdict.evidence.extend(habit(&culprit));
+    verdict.evidence.extend(meanwhile(case, &culprit));
     verdict.evidence.extend(slower.map(|percent| Evidence {
         what: "the same kernels beside the median rank's".into(),
         value: format!("{percent} % of their time"),
         expected: "100 %: then it has more work, not a slower device".into(),
     }));
     let sure = |ns: u64| u128::from(ns) * 100 >= u128::from(blamed) * u128::from(SURE_PERCENT);
-    verdict.confidence = match (one, known) {
-        (true, Some((_, ns))) if case.joined.residual_ns == 0 && sure(*ns) && cause != Cause::KernelClock => {
-            Confidence::High
-        }
-        (_, Some(_)) => Confidence::Medium,
-        (_, None) => Confidence::Low,
+    let steady = culprit.is_persistent() && case.joined.residual_ns == 0;
+    verdict.confidence = match known {
+        Some((_, ns)) if one && steady && sure(*ns) && cause != Cause::KernelClock => Confidence::High,
+        Some(_) => Confidence::Medium,
+        None => Confidence::Low,
     };
     price(&mut verdict, cost_ns, total_ns);
     Some(verdict)
+}
+
+/// Whom most of the waiting was for.
+fn who(case: &Case<'_>) -> Option<Culprit> {
+    let mut waited: BTreeMap<(usize, Option<u32>), u64> = BTreeMap::new();
+    let (mut computing, mut all) = (0_u64, 0_u64);
+    for ((rank, leaf, step), ns) in &case.moved.to {
+        *waited.entry((*rank, *step)).or_default() += ns;
+        all = all.saturating_add(*ns);
+        if leaf.class() == Class::Compute {
+            computing = computing.saturating_add(*ns);
+        }
+    }
+    let nobodys_ns = case.moved.circles.values().sum();
+    culprit(&waited, nobodys_ns, &case.joined.groups, computing >= all / 2)
+}
+
+/// The place of a culprit: its rank, or the node that all its ranks are on.
+fn where_is(case: &Case<'_>, culprit: &Culprit) -> Place {
+    let subject = |at: &usize| &case.gpus[*at].subject;
+    match culprit.ranks.as_slice() {
+        [] => Place::default(),
+        [rank] => place(subject(rank)),
+        [first, ..] => {
+            let node = &subject(first).node;
+            let one = !node.is_empty() && culprit.ranks.iter().all(|at| subject(at).node == *node);
+            Place {
+                node: one.then(|| node.clone()),
+                ..Place::default()
+            }
+        }
+    }
+}
+
+/// What several culprits have in common.
+fn together(case: &Case<'_>, culprit: &Culprit, waited: u64) -> Option<Evidence> {
+    let what = match culprit.kind {
+        Kind::Rank | Kind::Moving => return None,
+        Kind::Node => "the GPUs of one node",
+        Kind::Stage => "the replicas of one pipeline stage",
+    };
+    let ranks: Vec<String> = culprit
+        .ranks
+        .iter()
+        .take(8)
+        .map(|at| case.gpus[*at].subject.rank.to_string())
+        .collect();
+    let more = culprit.ranks.len().saturating_sub(ranks.len());
+    let more = if more > 0 {
+        format!(" and {more} more")
+    } else {
+        String::new()
+    };
+    Some(Evidence {
+        what: format!("waiting for {what}: ranks {}{more}", ranks.join(", ")),
+        value: format!("{} of {}", millis(culprit.ns), millis(waited)),
+        expected: "no part of the job is last more often than others".into(),
+    })
+}
+
+/// Whether the same was late in each step.
+fn habit(culprit: &Culprit) -> Option<Evidence> {
+    let (own, all) = culprit.steps.filter(|_| culprit.kind != Kind::Moving)?;
+    Some(Evidence {
+        what: "steps in which most of the waiting was for it".into(),
+        value: format!("{own} of {all}"),
+        expected: "below 60 %: a device that is slow is so in every step, data and pauses move about".into(),
+    })
 }
 
 /// Who was late, how often, and what it cost the others.
@@ -127,59 +198,57 @@ fn lateness(case: &Case<'_>) -> Vec<Evidence> {
     core::iter::once(whole).chain(worst).collect()
 }
 
-/// What the late rank did while the others waited, most first.
-fn meanwhile(case: &Case<'_>, worst: Option<&Place>) -> Option<Evidence> {
-    let worst = worst?;
-    let mut leaves: Vec<(u64, Leaf)> = case
-        .blame
-        .iter()
-        .filter(|blame| blame.place == *worst)
-        .map(|blame| (blame.cost_ns, blame.leaf))
-        .collect();
-    leaves.sort_by_key(|(ns, leaf)| (core::cmp::Reverse(*ns), *leaf));
+/// What the late ranks did while the others waited, most first.
+fn meanwhile(case: &Case<'_>, culprit: &Culprit) -> Option<Evidence> {
+    let mut leaves: BTreeMap<Leaf, u64> = BTreeMap::new();
+    for ((rank, leaf, _), ns) in &case.moved.to {
+        if culprit.ranks.contains(rank) {
+            *leaves.entry(*leaf).or_default() += ns;
+        }
+    }
+    let mut leaves: Vec<(Leaf, u64)> = leaves.into_iter().collect();
+    leaves.sort_by_key(|(leaf, ns)| (core::cmp::Reverse(*ns), *leaf));
     let words: Vec<String> = leaves
         .iter()
         .take(3)
-        .map(|(ns, leaf)| format!("{} {}", leaf.name(), millis(*ns)))
+        .map(|(leaf, ns)| format!("{} {}", leaf.name(), millis(*ns)))
         .collect();
-    Some(Evidence {
+    (!words.is_empty()).then(|| Evidence {
         what: "what it did while others waited for it".into(),
         value: words.join(", "),
         expected: "the same collective".into(),
     })
 }
 
-/// Time of one rank's compute kernels beside what the same kernels take on the median rank, percent; `None` when too
-/// few of them are known of two others, or few are slower.
-fn slower_percent(case: &Case<'_>, rank: u32) -> Option<u64> {
-    let mut medians: BTreeMap<u64, Vec<(u32, u64)>> = BTreeMap::new();
-    for gpu in case.gpus {
+/// Time of some ranks' compute kernels beside what the same kernels take on the median of the others, percent; `None`
+/// when too few of them are known of two others, or few are slower.
+fn slower_percent(case: &Case<'_>, ranks: &[usize]) -> Option<u64> {
+    let mut medians: BTreeMap<u64, (Vec<u64>, Vec<u64>)> = BTreeMap::new();
+    for (at, gpu) in case.gpus.iter().enumerate() {
         for (token, median) in medians_of(&gpu.records) {
-            medians.entry(token).or_default().push((gpu.subject.rank, median));
+            let (own, others) = medians.entry(token).or_default();
+            if ranks.contains(&at) { own } else { others }.push(median);
         }
     }
     let (mut own, mut usual) = (0_u64, 0_u64);
     let (mut kernels, mut slower) = (0, 0);
-    for ranks in medians.values() {
-        let mut others: Vec<u64> = ranks
-            .iter()
-            .filter(|(of, _)| *of != rank)
-            .map(|(_, ns)| *ns)
-            .collect();
-        let mine = ranks.iter().find(|(of, _)| *of == rank);
-        if let Some((_, mine)) = mine
-            && others.len() >= 2
-        {
-            others.sort_unstable();
-            let median = others[others.len() / 2];
-            own = own.saturating_add(*mine);
-            usual = usual.saturating_add(median);
-            kernels += 1;
-            slower += usize::from(u128::from(*mine) * 100 >= u128::from(median) * u128::from(SLOWER_PERCENT));
+    for (mine, others) in medians.into_values() {
+        if mine.is_empty() || others.len() < 2 {
+            continue;
         }
+        let (mine, median) = (middle(mine), middle(others));
+        own = own.saturating_add(mine);
+        usual = usual.saturating_add(median);
+        kernels += 1;
+        slower += usize::from(u128::from(mine) * 100 >= u128::from(median) * u128::from(SLOWER_PERCENT));
     }
     // One kernel may take longer for its data's sake; a slow device slows nearly all.
     (kernels >= LEAST_KERNELS && slower * 4 >= kernels * 3).then(|| mul_div(own, 100, usual))
+}
+
+fn middle(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
 }
 
 /// Median length of each compute kernel, by token.
@@ -193,11 +262,10 @@ fn medians_of(records: &[Record]) -> BTreeMap<u64, u64> {
             .or_default()
             .push(record.window.len_ns());
     }
-    let medians = lengths.into_iter().map(|(token, mut lengths)| {
-        lengths.sort_unstable();
-        (token, lengths[lengths.len() / 2])
-    });
-    medians.collect()
+    lengths
+        .into_iter()
+        .map(|(token, lengths)| (token, middle(lengths)))
+        .collect()
 }
 
 /// The network is ruled out when collectives were mostly waiting.
