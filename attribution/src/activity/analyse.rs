@@ -6,14 +6,14 @@ use super::blame::Moved;
 use super::collectives::{self, Joined, Joining};
 use super::contention::{Contention, contention};
 use super::efficiency::{ModelMath, Span, by_class, carve, model_math};
-use super::label::{Known, before, label};
+use super::label::{Known, Rates, before, label};
 use super::math::{Arithmetic, repeated};
 use super::steps::{marked, pattern};
 use super::verdict::{self, Case};
 use super::{Declared, Host, KernelClass, Label, RankTrace, Record, TraceJob, Work};
 use crate::budget::Budget;
 use crate::budget::arith::{mul_div, signed};
-use crate::cause::Place;
+use crate::cause::{Cause, Place};
 use crate::facts::{GpuSubject, PPM, RecordGap, StepMethod};
 use crate::job::{Blame, FlopsSource, GpuSummary, JobAnalysis, Tier, WorkAccount};
 use crate::leaf::Leaf;
@@ -49,6 +49,8 @@ pub(super) struct Labelled {
     before: Vec<Label>,
     pub(super) total: Budget,
     pub(super) contention: Contention,
+    /// Its copies are far slower than those of the best GPU of its kind.
+    pub(super) slow_link: bool,
     math: Result<ModelMath, String>,
     steps: Vec<Window>,
     method: StepMethod,
@@ -59,7 +61,7 @@ pub(super) struct Labelled {
 #[must_use]
 pub fn analyse(job: TraceJob) -> JobAnalysis {
     let mut gaps: Vec<RecordGap> = job.ranks.iter().flat_map(|rank| rank.gaps.clone()).collect();
-    let mut devices = Vec::new();
+    let mut devices: Vec<Read<'_>> = Vec::new();
     for rank in &job.ranks {
         for device in &rank.devices {
             let mut records = device.records.clone();
@@ -84,15 +86,17 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         .collect();
     let joined = collectives::join(&joining, world, job.declared.bus_bytes_per_s);
     gaps.extend(joined.gaps.iter().cloned());
+    let rates = best_rates(&devices);
     let labelled: Vec<Labelled> = devices
         .into_iter()
         .enumerate()
         .map(|(at, (rank, subject, records, edges))| {
+            let best = rates[subject.device.as_str()];
             Labelled::new(
                 rank,
                 subject.clone(),
                 (records, edges),
-                &joined.of(at),
+                (&joined.of(at), best),
                 &job.declared,
             )
         })
@@ -136,6 +140,19 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         gaps,
         work,
     }
+}
+
+/// One GPU with the trace it comes from, its records by start and its steps.
+type Read<'a> = (&'a RankTrace, &'a GpuSubject, Vec<Record>, Edges);
+
+/// By device's name: the best rates that any GPU's copies reached.
+fn best_rates<'a>(devices: &[Read<'a>]) -> BTreeMap<&'a str, Rates> {
+    let mut best: BTreeMap<&str, Rates> = BTreeMap::new();
+    for (_, subject, records, _) in devices {
+        let rates = best.entry(&subject.device).or_default();
+        *rates = rates.or_better(Rates::of(records));
+    }
+    best
 }
 
 /// Parts per million of all GPU time; `None` of no time.
@@ -200,7 +217,7 @@ impl Labelled {
         rank: &RankTrace,
         subject: GpuSubject,
         (records, edges): (Vec<Record>, Edges),
-        joined: &collectives::OfRank<'_>,
+        (joined, best): (&collectives::OfRank<'_>, Rates),
         declared: &Declared,
     ) -> Self {
         let again = repeated(&records, &rank.repeated);
@@ -210,6 +227,7 @@ impl Labelled {
             moves: joined.moves,
             again: &again,
             excess_ns: &contention.excess_ns,
+            rates: best,
         };
         let host = Host::new(&rank.host, rank.main_thread);
         let labels = label(&records, known, &host);
@@ -240,6 +258,7 @@ impl Labelled {
             subject,
             labels,
             before: before(&records, &host),
+            slow_link: Rates::of(&records).is_slow_beside(best),
             total,
             contention,
             math,
@@ -370,7 +389,7 @@ fn blames(moved: &Moved, gpus: &[Labelled]) -> Vec<Blame> {
         .map(|((culprit, leaf), cost_ns)| Blame {
             place: culprit.map_or_else(Place::default, |at| place(&gpus[at].subject)),
             leaf,
-            cause: verdict::late(leaf),
+            cause: culprit.map_or(Cause::Unknown, |at| verdict::late(&gpus[at], leaf)),
             cost_ns,
         })
         .collect();

@@ -58,6 +58,8 @@ pub(super) struct Known<'a> {
     pub(super) again: &'a [bool],
     /// By record: how much longer it ran than by itself, ns.
     pub(super) excess_ns: &'a [u64],
+    /// What copies over the host's link should reach.
+    pub(super) rates: Rates,
 }
 
 /// A collective after its last rank had arrived.
@@ -83,7 +85,7 @@ pub(super) fn label(records: &[Record], known: Known<'_>, host: &Host) -> Vec<La
     let Some(all) = Window::new(start, end) else {
         return Vec::new();
     };
-    let rates = Rates::of(records);
+    let rates = known.rates;
     let work = records.iter().enumerate().flat_map(|(at, record)| {
         let again = known.again.get(at).copied().unwrap_or(false);
         let excess_ns = known.excess_ns.get(at).copied().unwrap_or(0);
@@ -203,29 +205,58 @@ impl Labels {
     }
 }
 
-/// The best rates that large copies of this trace reached, as (bytes, ns), by direction.
-struct Rates {
+/// The best rates that large copies reached, as (bytes, ns), by direction.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Rates {
     to_device: Option<(u64, u64)>,
     to_host: Option<(u64, u64)>,
 }
 
+/// A link below this share of the best link's rate is slow, percent: half the lanes or a generation less is 50.
+const SLOW_LINK_PERCENT: u128 = 70;
+
+/// Whether one rate is below a share of another, percent.
+const fn is_below((bytes, ns): (u64, u64), (best_bytes, best_ns): (u64, u64), percent: u128) -> bool {
+    bytes as u128 * best_ns as u128 * 100 < best_bytes as u128 * ns as u128 * percent
+}
+
 impl Rates {
-    fn of(records: &[Record]) -> Self {
+    /// Of some records.
+    pub(super) fn of(records: &[Record]) -> Self {
         let best = |work: Work| {
             records
                 .iter()
                 .filter(|record| record.work == work && !record.window.is_empty())
                 .filter_map(|record| Some((record.bytes?, record.window.len_ns())))
                 .filter(|(bytes, _)| *bytes >= LARGE_COPY_BYTES)
-                .max_by(|(a_bytes, a_ns), (b_bytes, b_ns)| {
-                    (u128::from(*a_bytes) * u128::from(*b_ns))
-                        .cmp(&(u128::from(*b_bytes) * u128::from(*a_ns)))
-                })
+                .reduce(|a, b| if is_below(a, b, 100) { b } else { a })
         };
         Self {
             to_device: best(Work::ToDevice),
             to_host: best(Work::ToHost),
         }
+    }
+
+    /// The better of both in each direction: GPUs of one kind have the same link.
+    pub(super) fn or_better(self, other: Self) -> Self {
+        let better = |a: Option<(u64, u64)>, b: Option<(u64, u64)>| match (a, b) {
+            (Some(a), Some(b)) if is_below(a, b, 100) => Some(b),
+            (None, b) => b,
+            (a, _) => a,
+        };
+        Self {
+            to_device: better(self.to_device, other.to_device),
+            to_host: better(self.to_host, other.to_host),
+        }
+    }
+
+    /// Whether even its best copies are far below the best ones.
+    pub(super) fn is_slow_beside(self, best: Self) -> bool {
+        let slow = |own: Option<(u64, u64)>, best: Option<(u64, u64)>| {
+            own.zip(best)
+                .is_some_and(|(own, best)| is_below(own, best, SLOW_LINK_PERCENT))
+        };
+        slow(self.to_device, best.to_device) || slow(self.to_host, best.to_host)
     }
 
     fn least_ns(&self, record: &Record) -> Option<u64> {

@@ -59,8 +59,9 @@ impl Cost {
 }
 
 /// What a leaf of a rank's own budget is a loss to; `None` for what is work, or waiting that is another's.
-const fn own(leaf: Leaf) -> Option<Cause> {
+const fn own(gpu: &Labelled, leaf: Leaf) -> Option<Cause> {
     Some(match leaf {
+        Leaf::MemoryPcie if gpu.slow_link => Cause::DevicePcie,
         Leaf::IdleDataCpu => Cause::DataLoader,
         Leaf::IdleDataStorage => Cause::DataStorage,
         Leaf::IdleCkpt => Cause::JobCheckpoint,
@@ -76,8 +77,8 @@ const fn own(leaf: Leaf) -> Option<Cause> {
 }
 
 /// The cause of others waiting for a rank that was in this leaf.
-pub(super) const fn late(leaf: Leaf) -> Cause {
-    match own(leaf) {
+pub(super) const fn late(gpu: &Labelled, leaf: Leaf) -> Cause {
+    match own(gpu, leaf) {
         Some(cause) => cause,
         None => match leaf.class() {
             Class::Compute => Cause::JobImbalance,
@@ -141,11 +142,11 @@ const fn least_ppm(cause: Cause) -> u64 {
 fn costs(case: &Case<'_>) -> BTreeMap<Cause, Cost> {
     let mut costs: BTreeMap<Cause, Cost> = BTreeMap::new();
     for (at, gpu) in case.gpus.iter().enumerate() {
-        let lost = Leaf::ALL.iter().filter(|leaf| own(**leaf).is_some());
+        let lost = Leaf::ALL.iter().filter(|leaf| own(gpu, **leaf).is_some());
         let lost_ns: u64 = lost.map(|leaf| gpu.ns(*leaf)).sum();
         let hidden_ns = lost_ns.min(gpu.ns(Leaf::CommSkew));
         for leaf in Leaf::ALL {
-            let Some(cause) = own(*leaf) else { continue };
+            let Some(cause) = own(gpu, *leaf) else { continue };
             let hidden = mul_div(gpu.ns(*leaf), hidden_ns, lost_ns);
             let cost = costs.entry(cause).or_default();
             cost.own.resize(case.gpus.len(), 0);
@@ -309,6 +310,9 @@ const fn confirm(cause: Cause) -> &'static str {
         }
         Cause::JobImbalance => {
             "compare the late rank's batch and kernels with another's: its compute must be longer"
+        }
+        Cause::DevicePcie => {
+            "run nvidia-smi -q -d PCIE on the rank's node under load: link width or generation must be below the maximum"
         }
         Cause::HostGc => "call gc.disable() for ten steps: the pauses must go",
         Cause::HostAlloc => {

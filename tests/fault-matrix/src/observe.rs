@@ -73,7 +73,7 @@ pub fn facts(variant: &Variant, job: &Job) -> JobFacts {
     }
 }
 
-fn subject(rank: usize) -> GpuSubject {
+pub(crate) fn subject(rank: usize) -> GpuSubject {
     let small = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
     GpuSubject {
         job: "train".into(),

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use stallscope_attribution::activity;
 use stallscope_attribution::cause::{Cause, Place};
 use stallscope_attribution::job::{JobAnalysis, Verdict, analyse};
 use stallscope_attribution::leaf::Leaf;
 
 use crate::job::play;
 use crate::observe::{self, node_name};
+use crate::traced;
 use crate::truth::{self, Answer, Truth, Where};
 use crate::variant::{GPUS, Variant};
 
@@ -53,11 +55,30 @@ pub fn score(variant: &Variant) -> Score {
     judge(variant, &truth, &analysis)
 }
 
+/// Plays, traces and judges a variant.
+#[must_use]
+pub fn score_traced(variant: &Variant) -> Score {
+    let job = play(variant);
+    let truth = traced::truth(variant, &job, truth::of(variant, &job));
+    let analysis = activity::analyse(traced::traces(variant, &job));
+    judge(variant, &truth, &analysis)
+}
+
 /// The analysis of a variant in words: verdicts with what was seen and what was ruled out, and the largest blame.
 #[must_use]
 pub fn explain(variant: &Variant) -> String {
     let job = play(variant);
-    let analysis = analyse(&observe::facts(variant, &job));
+    words(variant, &analyse(&observe::facts(variant, &job)))
+}
+
+/// The same of its traces.
+#[must_use]
+pub fn explain_traced(variant: &Variant) -> String {
+    let job = play(variant);
+    words(variant, &activity::analyse(traced::traces(variant, &job)))
+}
+
+fn words(variant: &Variant, analysis: &JobAnalysis) -> String {
     let mut lines = vec![variant.name()];
     for verdict in &analysis.verdicts {
         lines.push(format!(

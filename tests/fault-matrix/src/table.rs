@@ -152,7 +152,11 @@ fn by_scenario(out: &mut String, scores: &[Score]) {
 
 /// A key that sorts "2" before "10", and controls after faults.
 fn order(scenario: &str) -> String {
-    let digits: String = scenario.chars().take_while(char::is_ascii_digit).collect();
+    let digits: String = scenario
+        .trim_start_matches('A')
+        .chars()
+        .take_while(char::is_ascii_digit)
+        .collect();
     format!("{:>4} {scenario}", if digits.is_empty() { "99" } else { &digits })
 }
 

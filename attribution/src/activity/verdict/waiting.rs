@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Case, LEAST_PPM, late, millis, percent, plain, price, sum};
+use super::{Case, LEAST_PPM, confirm, late, millis, percent, plain, price, sum};
 use crate::activity::analyse::place;
 use crate::activity::blame::{Culprit, Kind, culprit};
 use crate::activity::{KernelClass, Record, Work};
@@ -35,7 +35,7 @@ pub(super) fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
     for ((rank, leaf, _), ns) in &case.moved.to {
         waited = waited.saturating_add(*ns);
         if !one || culprit.ranks.contains(rank) {
-            *causes.entry(late(*leaf)).or_default() += ns;
+            *causes.entry(late(&case.gpus[*rank], *leaf)).or_default() += ns;
             blamed = blamed.saturating_add(*ns);
         }
     }
@@ -58,7 +58,9 @@ pub(super) fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
     } else {
         exposed
     };
-    let confirm = if cause == Cause::KernelClock {
+    let confirm = if cause == Cause::DevicePcie {
+        confirm(cause)
+    } else if cause == Cause::KernelClock {
         "on the rank's node run nvidia-smi -q -d CLOCK,PERFORMANCE,TEMPERATURE and nvidia-smi pmon -c 5: a low clock, heat \
          or another process; a trace cannot tell them apart"
     } else {
