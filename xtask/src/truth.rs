@@ -44,8 +44,9 @@ counted in the residual of their class. *Cost error* is that of the first verdic
 needs to be said; it must not be wrong.
 
 Scenarios 2, 9 and 14 rest on the state of links and on faults of the device, which the agent does not read from the \
-driver yet: on live nodes they are not named. Tier A, several communicators per rank and more than one job shape are not \
-in the matrix.
+driver yet: on live nodes they are not named. Several communicators per rank and more than one job shape are not in the \
+matrix; blame through tensor, pipeline, data and expert parallelism has its own generated jobs among the tests of the \
+attribution.
 ";
 const GENERATED: &str = "## Generated jobs";
 const LIVE: &str = "## Virtual nodes";

@@ -1,8 +1,9 @@
 //! The bars that the truth table must clear. `cargo xtask truth` plays more seeds than this test has time for.
 
 use stallscope_fault_matrix::matrix::variants;
-use stallscope_fault_matrix::score::{Score, score};
+use stallscope_fault_matrix::score::{Score, score, score_traced};
 use stallscope_fault_matrix::table::{markdown, summary};
+use stallscope_fault_matrix::traced;
 use stallscope_fault_matrix::variant::{Dose, Variant};
 
 /// Jobs of 400 steps are left to the table.
@@ -59,4 +60,33 @@ fn the_verdicts_clear_the_bars() {
         "leaves too far off:\n{}",
         table()
     );
+}
+
+#[test]
+fn the_verdicts_on_traces_clear_the_bars() {
+    let scores: Vec<Score> = traced::variants(1..2).iter().map(score_traced).collect();
+    let of = |wanted: &[Dose]| summary(scores.iter().filter(|score| wanted.contains(&score.variant.dose)));
+    let table = || markdown(&scores);
+    let loud = of(&[Dose::Loud, Dose::Noisy]);
+    assert_eq!(loud.faults, 22);
+    assert!(
+        loud.place_right * 100 >= loud.faults * 95,
+        "right cause and place too seldom:\n{}",
+        table()
+    );
+    // A trace is judged without a healthy one beside it: a third of a fault may be too little to name, not to be wrong.
+    assert!(
+        of(&[Dose::Quiet]).place_right >= 6,
+        "too much was missed:\n{}",
+        table()
+    );
+    let all = of(&Dose::ALL);
+    assert_eq!(
+        all.false_in_controls + all.false_in_faults,
+        0,
+        "somebody was accused falsely:\n{}",
+        table()
+    );
+    // Records tell when everything ran: only the ends of collectives scatter, by microseconds.
+    assert!(all.leaf_worst <= 0.05, "leaves too far off:\n{}", table());
 }

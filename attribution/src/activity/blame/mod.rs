@@ -5,7 +5,11 @@
 //! its own in another communicator (for its tensor-parallel peer, the pipeline stage before, another replica), the way
 //! goes on at the rank that it waited for, and does not come back. What the late rank did before that wait was not
 //! what held it: with that done sooner it would have waited longer. So every nanosecond is moved once, to what was on
-//! the critical path at that time. A circle of ranks that wait for each other at one instant has no such path: what is
+//! the critical path at that time.
+//!
+//! That path tells *who*. What a late rank did last is seldom what made it late: after a pause at the begin of the step
+//! it still computes at the end of it, as everybody did before. So *what* is told by what the rank spent more time on
+//! than the others since they all met before. A circle of ranks that wait for each other at one instant has no such path: what is
 //! left then belongs to nobody and keeps the names of the circle.
 
 mod culprit;
@@ -13,6 +17,7 @@ mod culprit;
 use std::collections::BTreeMap;
 
 use super::Label;
+use crate::budget::arith::apportion;
 use crate::leaf::Leaf;
 use crate::time::Window;
 
@@ -29,8 +34,8 @@ pub(super) struct Wait {
     pub(super) shift_ns: i64,
 }
 
-/// A collective that somebody waited in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A collective.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Meeting {
     /// Position of the rank that came last.
     pub(super) last: usize,
@@ -38,6 +43,9 @@ pub(super) struct Meeting {
     pub(super) arrived_ns: u64,
     /// The job's step it was in; `None` outside of steps.
     pub(super) step: Option<u32>,
+    /// By rank that took part: from the end of the meeting before on the same channel to its own arrival, on its own
+    /// clock.
+    pub(super) since: Vec<(usize, Window)>,
 }
 
 /// All waiting of a job.
@@ -100,10 +108,17 @@ impl Waits {
     /// All waiting, moved; sums to it exactly. `labels` are what each rank did: disjoint, in order.
     pub(super) fn moved(&self, labels: &[Vec<Label>]) -> Moved {
         let mut moved = Moved::default();
-        for (meeting, victims) in self.meetings.iter().zip(self.victims()) {
+        let mut more = vec![None; self.meetings.len()];
+        for (at, victims) in self.victims().into_iter().enumerate() {
+            let meeting = &self.meetings[at];
             let waiting = Stacked::new(&victims);
-            if let Some(until_ns) = waiting.end_ns() {
-                self.follow(meeting, until_ns, &waiting, labels, &mut moved);
+            let Some(until_ns) = waiting.end_ns() else {
+                continue;
+            };
+            for stretch in self.follow(at, until_ns, &waiting, labels, &mut moved) {
+                let through = &self.meetings[stretch.through];
+                let more = more[stretch.through].get_or_insert_with(|| more_than_others(through, labels));
+                stretch.give(more, meeting.step, &mut moved);
             }
         }
         moved
@@ -121,15 +136,17 @@ impl Waits {
         victims
     }
 
-    /// Goes back along the critical path from a meeting's last arrival, as far as anybody waited.
+    /// Goes back along the critical path from a meeting's last arrival, as far as anybody waited: the stretches of it.
     fn follow(
         &self,
-        meeting: &Meeting,
+        at: usize,
         until_ns: u64,
         waiting: &Stacked,
         labels: &[Vec<Label>],
         moved: &mut Moved,
-    ) {
+    ) -> Vec<Stretch> {
+        let meeting = &self.meetings[at];
+        let mut stretches = vec![Stretch::new(meeting.last, at)];
         let mut here = Here {
             rank: meeting.last,
             until_ns,
@@ -140,7 +157,7 @@ impl Waits {
         loop {
             let begin_ns = waiting.start_ns.saturating_add_signed(here.shift_ns);
             if here.until_ns <= begin_ns {
-                return;
+                return stretches;
             }
             let weight = |from_ns: u64| {
                 let back = |at_ns: u64| at_ns.saturating_add_signed(here.shift_ns.saturating_neg());
@@ -155,15 +172,20 @@ impl Waits {
             let held = (leaf == Leaf::CommSkew).then(|| self.holding(here, meeting.arrived_ns));
             let from_ns = from_ns.max(begin_ns);
             let Some(held) = held else {
-                moved.add(here.rank, leaf, meeting.step, weight(from_ns));
+                if let Some(stretch) = stretches.last_mut() {
+                    stretch.ns[leaf.index()] += weight(from_ns);
+                }
                 here.until_ns = from_ns;
                 standing = vec![here.rank];
                 continue;
             };
-            let next = held.map(|wait| (self.meetings[wait.meeting].last, wait.shift_ns));
-            let Some((rank, shift_ns)) = next.filter(|(rank, _)| !standing.contains(rank)) else {
-                return moved.circle(&standing, weight(begin_ns));
+            let next = held.map(|wait| (self.meetings[wait.meeting].last, wait));
+            let Some((rank, wait)) = next.filter(|(rank, _)| !standing.contains(rank)) else {
+                moved.circle(&standing, weight(begin_ns));
+                return stretches;
             };
+            let shift_ns = wait.shift_ns;
+            stretches.push(Stretch::new(rank, wait.meeting));
             here = Here {
                 rank,
                 until_ns: here.until_ns.saturating_add_signed(shift_ns),
@@ -188,6 +210,81 @@ impl Waits {
             (end_ns <= arrived_ns, end_ns, core::cmp::Reverse(wait.meeting))
         })
     }
+}
+
+/// Nanoseconds by leaf.
+type ByLeaf = [u64; Leaf::COUNT];
+
+/// A part of the critical path on one rank.
+#[derive(Debug)]
+struct Stretch {
+    rank: usize,
+    /// The meeting that the rank was late for.
+    through: usize,
+    /// What it did at these times, weighted by how many waited.
+    ns: ByLeaf,
+}
+
+impl Stretch {
+    const fn new(rank: usize, through: usize) -> Self {
+        Self {
+            rank,
+            through,
+            ns: [0; Leaf::COUNT],
+        }
+    }
+
+    /// Gives its time to what the rank did more of than others; to what it did at these times where that is nothing.
+    fn give(&self, more: &ByLeaf, step: Option<u32>, moved: &mut Moved) {
+        let total = self.ns.iter().fold(0, |sum: u64, ns| sum.saturating_add(*ns));
+        let weights = if more.iter().any(|ns| *ns > 0) {
+            more
+        } else {
+            &self.ns
+        };
+        for (leaf, ns) in Leaf::ALL.iter().zip(apportion(total, weights)) {
+            moved.add(self.rank, *leaf, step, ns);
+        }
+    }
+}
+
+/// By leaf: how much longer the last rank of a meeting was in it than the middle one of the others, since they met
+/// before; waiting, and what only reshuffles within less than a tenth of the most, left out.
+fn more_than_others(meeting: &Meeting, labels: &[Vec<Label>]) -> ByLeaf {
+    let spent = |rank: usize, window: Window| {
+        let own = &labels[rank];
+        let from = own.partition_point(|label| label.window.end_ns() <= window.start_ns());
+        let mut ns: ByLeaf = [0; Leaf::COUNT];
+        for label in own[from..]
+            .iter()
+            .take_while(|label| label.window.start_ns() < window.end_ns())
+        {
+            ns[label.leaf.index()] += label.window.intersect(window).map_or(0, Window::len_ns);
+        }
+        ns
+    };
+    let mut own: ByLeaf = [0; Leaf::COUNT];
+    let mut others: Vec<ByLeaf> = Vec::new();
+    for (rank, window) in &meeting.since {
+        if *rank == meeting.last {
+            own = spent(*rank, *window);
+        } else {
+            others.push(spent(*rank, *window));
+        }
+    }
+    for leaf in Leaf::ALL {
+        let at = leaf.index();
+        let mut usual: Vec<u64> = others.iter().map(|ns| ns[at]).collect();
+        usual.sort_unstable();
+        let usual = usual.get(usual.len() / 2).copied().unwrap_or(0);
+        own[at] = if *leaf == Leaf::CommSkew {
+            0
+        } else {
+            own[at].saturating_sub(usual)
+        };
+    }
+    let most = own.iter().max().copied().unwrap_or(0);
+    own.map(|ns| if ns >= most / 10 { ns } else { 0 })
 }
 
 /// What a rank did just before a time.
@@ -302,6 +399,7 @@ mod tests {
             last: rank,
             arrived_ns,
             step: None,
+            since: Vec::new(),
         }
     }
 
@@ -332,6 +430,25 @@ mod tests {
         ];
         assert_eq!(moved.to, BTreeMap::from(expected));
         assert!(moved.circles.is_empty());
+    }
+
+    #[test]
+    fn a_pause_made_a_rank_late_though_it_computed_at_last() {
+        let since = [(0, window(0, 60)), (1, window(0, 100)), (2, window(0, 70))];
+        let waits = Waits::new(
+            vec![Meeting {
+                since: since.to_vec(),
+                ..last(1, 100)
+            }],
+            vec![vec![wait(60, 100, 0)], Vec::new(), vec![wait(70, 100, 0)]],
+        );
+        let labels = [
+            vec![label(0, 60, Leaf::ComputeKernel), label(60, 100, Leaf::CommSkew)],
+            vec![label(0, 40, Leaf::IdleGc), label(40, 100, Leaf::ComputeKernel)],
+            vec![label(0, 70, Leaf::ComputeKernel), label(70, 100, Leaf::CommSkew)],
+        ];
+        let moved = waits.moved(&labels);
+        assert_eq!(moved.to, BTreeMap::from([((1, Leaf::IdleGc, None), 40 + 30)]));
     }
 
     #[test]

@@ -228,10 +228,18 @@ impl Meetings<'_> {
                     None => self.joined.unreferenced_ns[*rank] += window.len_ns(),
                 }
             }
+            // Where the ranks last met before the trace began is not known.
+            let before = at.checked_sub(1);
+            let since = members.iter().filter_map(|(rank, sequence)| {
+                let to = sequence[at].window.start_ns();
+                let from = sequence[before?].window.end_ns().min(to);
+                Some((*rank, Window::new(from, to)?))
+            });
             self.meetings.push(Meeting {
                 last,
                 arrived_ns,
                 step: self.step(last_ns),
+                since: since.collect(),
             });
         }
     }
