@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::kernel::Roots;
 use super::{Check, State};
-use crate::sources::{pcie, rdma};
+use crate::sources::{pcie, rdma, xid};
 
 /// How long the files of all devices may take together.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -14,7 +14,12 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const MOST_SHOWN: usize = 16;
 
 pub(super) fn checks(roots: &Roots) -> Vec<Check> {
-    vec![rdma(&roots.sys), pcie(&roots.sys), aer(&roots.sys)]
+    vec![
+        rdma(&roots.sys),
+        pcie(&roots.sys),
+        aer(&roots.sys),
+        faults(&roots.sys, Path::new(xid::KERNEL_LOG)),
+    ]
 }
 
 /// The answer, unless it takes too long: a file of a sick device may block for good.
@@ -111,6 +116,33 @@ fn aer(sys: &Path) -> Check {
     )
 }
 
+/// Who tells of faults of GPUs here, beside NVML.
+fn faults(sys: &Path, log: &Path) -> Check {
+    const NAME: &str = "gpu.faults";
+    let event = ["kernel/tracing", "kernel/debug/tracing"]
+        .iter()
+        .any(|place| sys.join(place).join("events/nvidia/nvidia_dev_xid").exists());
+    let unread = std::fs::File::open(log).err();
+    match (event, unread) {
+        (true, None) => Check::ok(NAME, "told by the driver's tracepoint, the kernel's log and NVML"),
+        (true, Some(_)) => Check::ok(NAME, "told by the driver's tracepoint and NVML"),
+        (false, None) => Check::ok(
+            NAME,
+            "told by the kernel's log and NVML; this driver has no tracepoint",
+        ),
+        (false, Some(error)) => Check::bad(
+            NAME,
+            State::Limited,
+            format!(
+                "told by NVML only: this driver has no tracepoint, and {}: {error}",
+                log.display()
+            ),
+            "faults of GPUs (XIDs) of a burst: NVML may drop the first, which is the cause of the others",
+            "use a driver with the tracepoint nvidia:nvidia_dev_xid, or let the agent read the kernel's log (CAP_SYSLOG)",
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
@@ -131,9 +163,13 @@ mod tests {
     #[test]
     fn what_is_there_is_named_and_what_is_not_says_why() {
         let dir = tempfile::tempdir().unwrap();
-        let states = |roots: &Roots| checks(roots).iter().map(|check| check.state).collect::<Vec<_>>();
         let bare = roots(dir.path(), &[]);
-        assert_eq!(states(&bare), [State::NotConfigured, State::Ok, State::Limited]);
+        let states: Vec<State> = checks(&bare).iter().take(3).map(|check| check.state).collect();
+        assert_eq!(states, [State::NotConfigured, State::Ok, State::Limited]);
+        let log = dir.path().join("kmsg");
+        assert_eq!(faults(&bare.sys, &log).state, State::Limited);
+        std::fs::write(&log, "").unwrap();
+        assert_eq!(faults(&bare.sys, &log).state, State::Ok);
         let full = roots(
             dir.path(),
             &[
@@ -151,7 +187,10 @@ mod tests {
             ],
         );
         let checks = checks(&full);
-        assert!(checks.iter().all(|check| check.state == State::Ok), "{checks:?}");
+        assert!(
+            checks[..3].iter().all(|check| check.state == State::Ok),
+            "{checks:?}"
+        );
         assert!(
             checks[0]
                 .found

@@ -187,7 +187,8 @@ pub(super) fn flows(node: &str) -> Check {
     match source.trouble() {
         None => Check::ok(
             NAME,
-            "flows by INET_DIAG, ports and queues by rtnetlink, in this network namespace",
+            "flows by INET_DIAG, ports and queues by rtnetlink, in this network namespace; not the kernel's own sockets (NFS, \
+             Ceph, iSCSI, NVMe over TCP)",
         ),
         Some(trouble) => {
             let fix = "load the modules tcp_diag and inet_diag, or boot a kernel with CONFIG_INET_DIAG";

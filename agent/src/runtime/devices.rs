@@ -58,7 +58,7 @@ impl Devices {
         Self {
             rdma: started(PARTS[0], rdma, shared),
             pcie: started(PARTS[1], pcie, shared),
-            xids: open_xids(shared),
+            xids: open_xids(),
             load,
             due_ns: 0,
             troubles: [None, None],
@@ -156,19 +156,13 @@ impl Devices {
 }
 
 /// The kernel's log is one of several that tell of faults: without it the others do.
-fn open_xids(shared: &Shared) -> XidSource {
+fn open_xids() -> XidSource {
     let xids = XidSource::open();
     if let Some(why) = xids.no_log() {
         tracing::info!(
             why,
             "faults of GPUs are told by the driver's tracepoint and by NVML only"
         );
-        shared
-            .status
-            .lock()
-            .set_health("kernel log", Condition::Missing(why.to_owned()));
-    } else {
-        super::works(shared, "kernel log");
     }
     xids
 }

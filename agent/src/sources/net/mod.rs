@@ -9,7 +9,8 @@
 //! A port is an interface that is up, not the loopback, and has an address. A flow is an established TCP connection of
 //! a traced process that sent something in the window, on the port that has its local address; connections between two
 //! addresses of the node use no port and are left out. Sockets of processes in other network namespaces are not seen:
-//! run one agent in each namespace that carries traffic of the job.
+//! run one agent in each namespace that carries traffic of the job. Sockets of the kernel itself (NFS, Ceph, iSCSI, NVMe
+//! over TCP) belong to no process and are not seen; what they move is in the port's bytes.
 
 mod ethtool;
 mod flows;

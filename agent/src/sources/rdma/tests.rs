@@ -307,13 +307,11 @@ fn a_file_that_blocks_leaves_the_other_devices_alone() {
     assert!(seen.iter().all(|port| port.active == Reading::Value(true)));
     let fifo = tree.sys().join(&sick).join("ports/1/hw_counters/np_cnp_sent");
     std::fs::remove_file(&fifo).unwrap();
-    assert!(
-        std::process::Command::new("mkfifo")
-            .arg(&fifo)
-            .status()
-            .unwrap()
-            .success()
+    let (kind, mode) = (
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
     );
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, kind, mode, 0).unwrap();
     let is_silent =
         |port: &RdmaPort| matches!(&port.active, Reading::Failed(why) if why.contains("not answered"));
     let (seen, trouble) = until(&|seen| seen.iter().any(is_silent));
