@@ -227,6 +227,12 @@ impl Probes {
         self.device_errors.poll(&mut self.ebpf, &self.health, now_ns)
     }
 
+    /// What a test attaches and reads by itself.
+    #[cfg(test)]
+    pub(super) fn parts(&mut self) -> (&mut Ebpf, &mut DeviceErrors) {
+        (&mut self.ebpf, &mut self.device_errors)
+    }
+
     /// Events of devices by name, and how each stands.
     #[must_use]
     pub fn device_events(&self) -> Vec<(String, EventState)> {

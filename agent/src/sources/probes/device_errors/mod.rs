@@ -196,3 +196,87 @@ impl DeviceErrors {
         attach_tracepoint(ebpf, point.program, point.category, point.event).map_err(|error| error.to_string())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    use stallscope_records::Field as _;
+    use stallscope_records::device::{DeviceError as Record, kind};
+
+    use super::super::{Probes, ProbesConfig};
+    use super::*;
+    use crate::sources::clock::monotonic_ns;
+
+    /// Runs a program until its start was told as the error of a device; its name is that of the device then.
+    fn told(errors: &mut DeviceErrors, program: &std::path::Path) -> (u32, Record) {
+        let mut child = Command::new(program).spawn().unwrap();
+        child.wait().unwrap();
+        let begin = Instant::now();
+        loop {
+            while let Some(record) = errors.ring.next() {
+                let record = Record::read(&record).unwrap();
+                if record.code == child.id() {
+                    return (child.id(), record);
+                }
+            }
+            assert!(begin.elapsed() < Duration::from_secs(5), "it was not told");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// `sched:sched_process_exec` is shaped as `ras:aer_event` is: a text whose place stands at 8, numbers at 12 and 16.
+    #[test]
+    fn the_program_reads_text_and_numbers_of_an_event() {
+        if std::env::var_os("STALLSCOPE_PRIVILEGED").is_none() {
+            println!(
+                "skipped: the_program_reads_text_and_numbers_of_an_event: STALLSCOPE_PRIVILEGED is not set"
+            );
+            return;
+        }
+        let mut probes = Probes::load(&ProbesConfig::default()).unwrap().probes;
+        let (ebpf, errors) = probes.parts();
+        let format = format::tracefs()
+            .unwrap()
+            .join("events/sched/sched_process_exec/format");
+        let format = std::fs::read_to_string(format).unwrap();
+        let offsets = ["filename", "pid", "old_pid"].map(|field| format::offset_of(&format, field));
+        assert_eq!(
+            offsets,
+            [8, 12, 16].map(Some),
+            "another event has this shape on this kernel"
+        );
+        let _link = attach_tracepoint(ebpf, "pcie_error", "sched", "sched_process_exec").unwrap();
+
+        let dir = tempfile::tempdir().unwrap();
+        let long = dir.path().join("a-name-that-is-longer-than-what-is-kept-of-it");
+        std::fs::copy("/bin/true", &long).unwrap();
+        for program in [std::path::Path::new("/bin/true"), &long] {
+            let begin_ns = monotonic_ns();
+            let (pid, record) = told(errors, program);
+            assert!((begin_ns..monotonic_ns()).contains(&record.at_ns));
+            assert_eq!((record.kind, record.severity), (kind::PCIE, pid & 0xff));
+            let name = program.to_str().unwrap().as_bytes();
+            let kept = name.get(..31).unwrap_or(name);
+            assert_eq!(record.device[..kept.len()], *kept);
+            assert!(record.device[kept.len()..].iter().all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
+    fn events_that_are_not_here_are_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(read(&POINTS[0], dir.path()), None);
+        let folder = dir.path().join("events/ras/aer_event");
+        std::fs::create_dir_all(&folder).unwrap();
+        let line =
+            |name: &str, offset| format!("\tfield:u32 {name};\toffset:{offset};\tsize:4;\tsigned:0;\n");
+        std::fs::write(folder.join("format"), line("dev_name", 8) + &line("status", 12)).unwrap();
+        assert!(matches!(read(&POINTS[0], dir.path()), Some(Err(why)) if why.contains("severity")));
+        let whole = line("dev_name", 8) + &line("status", 20) + &line("severity", 24);
+        std::fs::write(folder.join("format"), whole).unwrap();
+        assert_eq!(read(&POINTS[0], dir.path()), Some(Ok([8, 20, 24])));
+    }
+}
