@@ -18,6 +18,8 @@ static RING_SCHED: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
 static RING_BLOCK: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[map]
 static RING_PROCS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
+#[map]
+static RING_VERBS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
 
 /// Records that found their ring full, by [`Ring`].
 #[map]
@@ -34,23 +36,43 @@ const FORCE_WAKEUP: u64 = 2;
 /// The reader is woken by bytes, not by record; else it comes by itself.
 #[inline(always)]
 pub(crate) fn emit<T>(ring: Ring, record: &T) {
-    let buffer = match ring {
-        Ring::Nccl => &RING_NCCL,
-        Ring::Cuda => &RING_CUDA,
-        Ring::Sched => &RING_SCHED,
-        Ring::Block => &RING_BLOCK,
-        Ring::Procs => &RING_PROCS,
-    };
+    let buffer = buffer(ring);
     let unread = buffer.query(AVAILABLE_BYTES);
     let then_unread = unread + RECORD_HEADER_BYTES + size_of::<T>() as u64;
     // Once, on the record that crosses the mark: a wake-up costs more than a record.
     let crosses = unread < WAKE_BYTES.get() && then_unread >= WAKE_BYTES.get();
     let flags = if crosses { FORCE_WAKEUP } else { NO_WAKEUP };
-    if buffer.output::<T>(record, flags).is_err()
-        && let Some(drops) = DROPS.get_ptr_mut(ring as u32)
-    {
+    if buffer.output::<T>(record, flags).is_err() {
+        count_lost(ring);
+    }
+}
+
+/// Writes `record` into `ring` and wakes the reader: for what the agent has to act on, not for what is frequent.
+#[inline(always)]
+pub(crate) fn emit_now<T>(ring: Ring, record: &T) {
+    if buffer(ring).output::<T>(record, FORCE_WAKEUP).is_err() {
+        count_lost(ring);
+    }
+}
+
+/// Something of this world is missing from what the agent reads.
+#[inline(always)]
+pub(crate) fn count_lost(ring: Ring) {
+    if let Some(drops) = DROPS.get_ptr_mut(ring as u32) {
         // SAFETY: the slot belongs to this CPU, and a program that interrupts this one loses at most one count.
         unsafe { *drops += 1 };
+    }
+}
+
+#[inline(always)]
+fn buffer(ring: Ring) -> &'static RingBuf {
+    match ring {
+        Ring::Nccl => &RING_NCCL,
+        Ring::Cuda => &RING_CUDA,
+        Ring::Sched => &RING_SCHED,
+        Ring::Block => &RING_BLOCK,
+        Ring::Procs => &RING_PROCS,
+        Ring::Verbs => &RING_VERBS,
     }
 }
 

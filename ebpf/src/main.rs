@@ -4,6 +4,8 @@
 //! through [`emit`]; what does not fit into a ring is counted there.
 #![no_std]
 #![no_main]
+// Every compiler that builds for BPF is one that takes features.
+#![feature(asm_experimental_arch)]
 
 mod block;
 mod call;
@@ -18,6 +20,7 @@ mod pcie;
 mod procs;
 mod sched;
 mod settings;
+mod verbs;
 
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

@@ -7,6 +7,7 @@ mod devices;
 mod kernel;
 mod node;
 mod render;
+mod verbs;
 
 use serde::Serialize;
 
@@ -120,10 +121,12 @@ pub fn examine(config: &Config) -> Report {
     checks.extend(node::nvml(&config.nvml));
     checks.push(node::nccl_profiler(&config.nccl, &node::plugin_places()));
     checks.push(node::flows(&config.node_name()));
-    checks.extend(devices::checks(&Roots {
+    let of_devices = Roots {
         sys: config.devices.sys.clone(),
         ..roots
-    }));
+    };
+    checks.extend(devices::checks(&of_devices));
+    checks.push(verbs::queue_pairs(&of_devices));
     checks.push(node::scope(&config.scope));
     checks.push(node::store(&config.store));
     checks.push(node::stream(&config.stream));

@@ -14,12 +14,13 @@ use crate::observation::{
 use crate::sources::nccl_profiler;
 
 /// Rings by name; one that this version does not know is `other`.
-const RINGS: [&str; 7] = [
+const RINGS: [&str; 8] = [
     "nccl",
     "cuda",
     "sched",
     "block",
     "procs",
+    "verbs",
     "agent",
     nccl_profiler::RING,
 ];

@@ -136,8 +136,16 @@ fn every_fact() -> Vec<Fact> {
         });
     }
     facts.extend(
-        ["nccl", "cuda", "sched", "block", "agent", "nccl-profiler"]
-            .map(|ring| Fact::Lost { ring, count: 1 }),
+        [
+            "nccl",
+            "cuda",
+            "sched",
+            "block",
+            "verbs",
+            "agent",
+            "nccl-profiler",
+        ]
+        .map(|ring| Fact::Lost { ring, count: 1 }),
     );
     facts
 }

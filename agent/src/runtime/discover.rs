@@ -1,6 +1,6 @@
 //! The thread that finds processes and attaches probes: what may take long, away from the rings.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::Duration;
@@ -12,8 +12,8 @@ use super::shared::{Keys, Shared};
 use super::status::Condition;
 use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
 use crate::sources::nccl_profiler::{self, NcclProfiler};
-use crate::sources::probes::{DeviceError, Probes};
-use crate::sources::procs::{Action, Discovery, Library, ProcessEvent};
+use crate::sources::probes::{DeviceError, PostsError, Probes};
+use crate::sources::procs::{Action, Discovery, Library, LibraryId, LibraryKind, ProcessEvent};
 
 /// How long records of a process that is gone may still come, ns.
 const LINGER_NS: u64 = 2_000_000_000;
@@ -37,6 +37,10 @@ pub(super) struct Discover {
     /// When to forget the key of a process that is gone.
     lingering: BTreeMap<ProcessKey, u64>,
     troubles: BTreeMap<String, String>,
+    /// Attached libraries of RDMA verbs.
+    verbs: BTreeSet<LibraryId>,
+    /// Some RDMA posts went unseen.
+    verbs_trouble: bool,
 }
 
 impl Discover {
@@ -62,6 +66,8 @@ impl Discover {
             keys: Keys::new(),
             lingering: BTreeMap::new(),
             troubles: BTreeMap::new(),
+            verbs: BTreeSet::new(),
+            verbs_trouble: false,
         }
     }
 
@@ -163,7 +169,7 @@ impl Discover {
             std::thread::sleep(due);
         } else {
             match self.events.recv_timeout(due.min(LONGEST_WAIT)) {
-                Ok(event) => self.discovery.on_event(event, super::now_ns()),
+                Ok(event) => self.on_event(event, super::now_ns()),
                 Err(RecvTimeoutError::Timeout) => return false,
                 Err(RecvTimeoutError::Disconnected) => return true,
             }
@@ -171,11 +177,51 @@ impl Discover {
         let now_ns = super::now_ns();
         loop {
             match self.events.try_recv() {
-                Ok(event) => self.discovery.on_event(event, now_ns),
+                Ok(event) => self.on_event(event, now_ns),
                 Err(TryRecvError::Empty) => return false,
                 Err(TryRecvError::Disconnected) => return true,
             }
         }
+    }
+
+    fn on_event(&mut self, event: ProcessEvent, now_ns: u64) {
+        match event {
+            ProcessEvent::PostsThrough { tgid, address, by } => self.watch_posts(tgid, address, by),
+            event => self.discovery.on_event(event, now_ns),
+        }
+    }
+
+    /// At once: what is posted until then is missed.
+    fn watch_posts(&mut self, tgid: u32, address: u64, by: u32) {
+        if let Some(probes) = &mut self.probes {
+            let watched = probes.watch_posts(tgid, address, by);
+            self.tell_verbs(watched.err());
+        }
+    }
+
+    /// A process with RDMA verbs may have made its queue pairs before anyone looked.
+    fn look_for_posts(&mut self, tgid: u32, libraries: &[LibraryId]) {
+        if libraries.iter().any(|id| self.verbs.contains(id))
+            && let Some(probes) = &mut self.probes
+        {
+            let looked = probes.look_for_posts(tgid);
+            self.tell_verbs(looked.err());
+        }
+    }
+
+    fn tell_verbs(&mut self, trouble: Option<PostsError>) {
+        let condition = match trouble {
+            // It may have ended, as processes do.
+            Some(PostsError::Maps { .. }) => return,
+            Some(why) => {
+                tracing::warn!(%why, "some RDMA posts are not seen");
+                Condition::Degraded(why.to_string())
+            }
+            None if self.verbs_trouble => return,
+            None => Condition::Works,
+        };
+        self.verbs_trouble |= matches!(condition, Condition::Degraded(_));
+        self.shared.status.lock().set_health("verbs", condition);
     }
 
     fn apply(&mut self, action: Action) {
@@ -185,8 +231,13 @@ impl Discover {
                 if let Some(probes) = &mut self.probes {
                     probes.release_library(id);
                 }
+                self.verbs.remove(&id);
             }
-            Action::Trace { facts, .. } => self.trace(facts),
+            Action::Trace { facts, libraries } => {
+                let tgid = facts.key.pid;
+                self.trace(facts);
+                self.look_for_posts(tgid, &libraries);
+            }
             Action::Gone(key) => self.gone(key),
         }
     }
@@ -195,6 +246,9 @@ impl Discover {
         let Some(probes) = &mut self.probes else { return };
         match probes.attach_library(library) {
             Ok(attached) => {
+                if library.kind == LibraryKind::Verbs {
+                    self.verbs.insert(library.id);
+                }
                 let version = attached.version.map(|version| version.to_string());
                 tracing::info!(library = library.shown, version, functions = attached.functions, took = ?attached.took, "attached");
                 if let Some(Err(why)) = &attached.waits {

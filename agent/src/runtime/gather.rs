@@ -11,6 +11,7 @@ use stallscope_attribution::time::Window;
 
 use super::devices::Devices;
 use super::gpus::Gpus;
+use super::hardware;
 use super::queue::Giver;
 use super::shared::Shared;
 use super::status::Condition;
@@ -116,7 +117,10 @@ impl Gather {
                 event,
                 &mut |tgid| keys.get(&tgid).copied(),
                 &mut |decoded| match decoded {
-                    Decoded::Observation(observation) => {
+                    Decoded::Observation(mut observation) => {
+                        if let Fact::Hardware(facts) = &mut observation.fact {
+                            hardware::complete(facts, &shared.node);
+                        }
                         if let Fact::OffCpu { thread, .. } | Fact::FileIo { thread, .. } = &observation.fact {
                             cpu_time.heard(*thread, observation.window.end_ns());
                         }

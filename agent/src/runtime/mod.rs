@@ -14,6 +14,7 @@ mod devices;
 mod discover;
 mod gather;
 mod gpus;
+mod hardware;
 mod history;
 mod limits;
 mod own;

@@ -89,10 +89,15 @@ pub struct QueuePair {
     pub posts: u64,
     /// Bytes they carry; of reads, bytes asked for.
     pub posted_bytes: u64,
-    /// Posts that the provider refused.
+    /// Posts that the provider refused; 0 also where nobody watches for that, as the agent's probes do not.
     pub refused: u64,
     /// It was put into the error state.
     pub in_error: bool,
+    /// Calls of which not everything is in `posts` and `posted_bytes`: they posted more at once than is followed.
+    pub cut_calls: u64,
+    /// Not everything posted in the window was seen: the probe on what posts came later, or could not be put there. `posts`
+    /// and `posted_bytes` are then no measurement but a lower bound.
+    pub posts_unseen: bool,
 }
 
 /// Kind of a PCI device, by its class.

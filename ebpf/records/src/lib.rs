@@ -12,6 +12,7 @@ pub mod device;
 pub mod fold;
 pub mod profiler;
 pub mod record;
+pub mod verbs;
 pub mod waits;
 
 pub use layout::Field;
@@ -31,11 +32,20 @@ pub enum Ring {
     Block = 3,
     /// Processes appearing, changing and going.
     Procs = 4,
+    /// RDMA queue pairs.
+    Verbs = 5,
 }
 
 impl Ring {
     /// Every ring, in the order of its drop counter.
-    pub const ALL: [Self; 5] = [Self::Nccl, Self::Cuda, Self::Sched, Self::Block, Self::Procs];
+    pub const ALL: [Self; 6] = [
+        Self::Nccl,
+        Self::Cuda,
+        Self::Sched,
+        Self::Block,
+        Self::Procs,
+        Self::Verbs,
+    ];
 
     /// The stable name.
     #[must_use]
@@ -46,6 +56,7 @@ impl Ring {
             Self::Sched => "sched",
             Self::Block => "block",
             Self::Procs => "procs",
+            Self::Verbs => "verbs",
         }
     }
 }

@@ -38,6 +38,12 @@ pub enum Kind {
     Exit = 42,
     /// [`Bare`]: a file was mapped executable.
     MapExec = 43,
+    /// [`crate::verbs::PostsThrough`].
+    PostsThrough = 50,
+    /// [`crate::verbs::QpGone`].
+    QpGone = 51,
+    /// [`crate::verbs::VerbsEvent`].
+    VerbsEvent = 52,
 }
 
 impl Kind {
@@ -61,6 +67,9 @@ impl Kind {
             41 => Self::Fork,
             42 => Self::Exit,
             43 => Self::MapExec,
+            50 => Self::PostsThrough,
+            51 => Self::QpGone,
+            52 => Self::VerbsEvent,
             _ => return None,
         })
     }

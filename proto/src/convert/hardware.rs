@@ -243,6 +243,8 @@ impl From<&QueuePair> for v1::QueuePair {
             posted_bytes: pair.posted_bytes,
             refused: pair.refused,
             in_error: pair.in_error,
+            cut_calls: pair.cut_calls,
+            posts_unseen: pair.posts_unseen,
         }
     }
 }
@@ -263,6 +265,8 @@ impl TryFrom<v1::QueuePair> for QueuePair {
             posted_bytes: wire.posted_bytes,
             refused: wire.refused,
             in_error: wire.in_error,
+            cut_calls: wire.cut_calls,
+            posts_unseen: wire.posts_unseen,
         })
     }
 }

@@ -291,6 +291,8 @@ fn queue_pair() -> QueuePair {
         posted_bytes: 65_536_000,
         refused: 1,
         in_error: true,
+        cut_calls: 2,
+        posts_unseen: true,
     }
 }
 

@@ -110,6 +110,8 @@ pub struct Tracer {
     pub observations: Vec<Observation>,
     /// Everything discovery would have heard so far.
     pub events: Vec<ProcessEvent>,
+    /// Why some RDMA posts went unseen.
+    pub unwatched: Vec<String>,
     reader: Reader,
     known: BTreeMap<u32, ProcessKey>,
 }
@@ -134,6 +136,7 @@ impl Tracer {
             decoder: Decoder::new(),
             observations: Vec::new(),
             events: Vec::new(),
+            unwatched: Vec::new(),
             reader: loaded.reader,
             known: BTreeMap::new(),
         })
@@ -185,6 +188,7 @@ impl Tracer {
             events,
             ..
         } = self;
+        let mut posting = Vec::new();
         reader.drain(timeout, &mut |event| {
             let mut decoded = None;
             decoder.decode(event, &mut |pid| known.get(&pid).copied(), &mut |fact| {
@@ -202,11 +206,18 @@ impl Tracer {
                             },
                         );
                     }
+                    if let ProcessEvent::PostsThrough { tgid, address, by } = event {
+                        posting.push((tgid, address, by));
+                    }
                     events.push(event);
                 }
                 None => {}
             }
         })?;
+        for (tgid, address, by) in posting {
+            let watched = self.probes.watch_posts(tgid, address, by);
+            self.unwatched.extend(watched.err().map(|why| why.to_string()));
+        }
         Ok(())
     }
 

@@ -97,3 +97,59 @@ fn the_hot_programs_are_cheap_and_their_records_are_read_quickly() -> Result<()>
     );
     Ok(())
 }
+
+#[test]
+fn counting_posts_to_queue_pairs_is_cheap() -> Result<()> {
+    if !privileged("counting_posts_to_queue_pairs_is_cheap") {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name);
+    let library = path("libibverbs.so.1");
+    let versions = concat!(
+        "-Wl,--version-script=",
+        env!("CARGO_MANIFEST_DIR"),
+        "/fixtures/verbs.map"
+    );
+    let soname = "-Wl,-soname,libibverbs.so.1";
+    let shared = [
+        "-shared".as_ref(),
+        "-fPIC".as_ref(),
+        versions.as_ref(),
+        soname.as_ref(),
+    ];
+    compile("verbs.c", &shared, &library)?;
+    compile("verbs_provider.c", &shared[..2], &path("libmlx5-rdmav34.so"))?;
+    compile("verbs_job.c", &[library.as_os_str()], &path("verbs_job"))?;
+    let mut puppet = Puppet::start(Command::new(path("verbs_job")).env("LD_LIBRARY_PATH", folder.path()))?;
+    let race = |puppet: &mut Puppet| -> Result<Duration> {
+        let before = Instant::now();
+        puppet.asked("race 0")?;
+        Ok(before.elapsed())
+    };
+    puppet.asked("open")?;
+    puppet.asked("make 0 1 2")?;
+    let bare = race(&mut puppet)?;
+    let mut tracer = Tracer::load(ProbesConfig::default())?;
+    tracer.attach(LibraryKind::Verbs, &library, puppet.pid())?;
+    tracer.trace(puppet.pid())?;
+    ensure!(
+        tracer.probes.look_for_posts(puppet.pid())? == 1,
+        "nothing is watched"
+    );
+    let traced = race(&mut puppet)?;
+    tracer.probes.count_runs()?;
+    race(&mut puppet)?;
+    let stats = tracer.probes.run_stats();
+    let post = stats
+        .iter()
+        .find(|program| program.program == "verbs_post_send")
+        .context("no verbs_post_send")?;
+    let mean_ns = post.mean_ns().context("verbs_post_send never ran")?;
+    println!(
+        "40000 posts from two threads: {bare:?} bare, {traced:?} traced; {mean_ns} ns a hit in the program"
+    );
+    ensure!(post.runs >= 40_000, "{post:?}");
+    ensure!(mean_ns <= LIMIT_NS, "verbs_post_send takes {mean_ns} ns a hit");
+    Ok(())
+}

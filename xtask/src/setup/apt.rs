@@ -33,6 +33,7 @@ const PACKAGES: &[(&str, Scope)] = &[
     ("dpkg-dev", Scope::All),
     ("debootstrap", Scope::All),
     ("rpm", Scope::All),
+    ("libibverbs-dev", Scope::All),
     ("liblzma-dev", Scope::All),
     ("git", Scope::All),
 ];

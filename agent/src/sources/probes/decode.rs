@@ -8,10 +8,12 @@ use stallscope_records::record::{
     Collective as RawCollective, CommSeen, Constructor, Copy, EventOp, FileIo, LaunchRun, OffCpu, Sync,
     Teardown, flag,
 };
+use stallscope_records::verbs::{PostsThrough, posts_by};
 use stallscope_records::{Field, Head, Kind};
 
 use super::comms::Comms;
 use super::rings::RawEvent;
+use super::verbs;
 use crate::observation::{
     Collective, CollectiveFunction, CopyDirection, Fact, FileOp, Observation, OffCpuReason, ProcessKey,
     SyncTarget, Thread,
@@ -145,6 +147,9 @@ impl Decoder {
                 };
                 (window, fact)
             }
+            RawEvent::QueuePair { window, tgid, pair } => {
+                (window, verbs::hardware(window, verbs::queue_pair(tgid, pair)))
+            }
             RawEvent::Lost { window, ring, count } => (
                 window,
                 Fact::Lost {
@@ -171,6 +176,13 @@ impl Decoder {
             Kind::Fork => {
                 let parent = u32::try_from(head.result).map_err(|_| Refusal::Malformed)?;
                 return Ok(Decoded::Process(ProcessEvent::Fork { parent, child: tgid }));
+            }
+            Kind::PostsThrough => {
+                let PostsThrough { address, by, .. } = read(bytes)?;
+                if by > posts_by::LAST {
+                    return Err(Refusal::Malformed);
+                }
+                return Ok(Decoded::Process(ProcessEvent::PostsThrough { tgid, address, by }));
             }
             _ => {}
         }
@@ -206,7 +218,16 @@ impl Decoder {
             Kind::LaunchRun => self.launch_run(thread, &read(bytes)?)?,
             Kind::OffCpu => off_cpu(thread, &read(bytes)?)?,
             Kind::FileIo => file_io(thread, &read(bytes)?)?,
-            Kind::Exec | Kind::Fork | Kind::Exit | Kind::MapExec => return Err(Refusal::Malformed),
+            Kind::VerbsEvent => {
+                // The call waited for it; it came at its end.
+                let window =
+                    Window::new(head.end_ns, head.end_ns.saturating_add(1)).ok_or(Refusal::Malformed)?;
+                let fact = verbs::hardware(window, verbs::event(&read(bytes)?));
+                return Ok(Decoded::Observation(Observation { window, fact }));
+            }
+            Kind::Exec | Kind::Fork | Kind::Exit | Kind::MapExec | Kind::PostsThrough | Kind::QpGone => {
+                return Err(Refusal::Malformed);
+            }
         };
         Ok(Decoded::Observation(Observation { window, fact }))
     }

@@ -3,12 +3,16 @@
 //! The file may be hostile, and sparse: a few bytes on disk can claim tables of any size. So a table is refused by its
 //! size before it is read, and no allocation is larger than a piece, whatever the file says.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use object::elf::{ELFCLASS64, ELFDATA2LSB, ELFMAG, EV_CURRENT, PF_X, PT_LOAD, SHN_UNDEF, STT_FUNC};
+use object::elf::{
+    ELFCLASS64, ELFDATA2LSB, ELFMAG, EV_CURRENT, PF_X, PT_GNU_EH_FRAME, PT_LOAD, SHN_UNDEF, SHT_GNU_VERSYM,
+    STT_FUNC, VERSYM_HIDDEN,
+};
 
 use super::symbols::SymbolError;
 
@@ -22,6 +26,11 @@ const MAX_CODE_SEGMENTS: usize = 64;
 const MAX_TABLE_BYTES: u64 = 64 << 20;
 /// Most places at which the wanted names may lie; each lies at one or two.
 const MAX_NAMES: usize = 4096;
+/// How the list for unwinding starts when it is what every linker writes: version 1, a relative pointer, a count of 4 bytes,
+/// and entries of two numbers of 4 bytes relative to the list (LSB, "Exception Frames").
+const UNWINDING: [u8; 4] = [1, 0x1b, 0x03, 0x3b];
+const UNWINDING_BYTES: usize = 12;
+const UNWINDING_ENTRY_BYTES: u64 = 8;
 /// A wanted name is looked up by its last bytes first.
 const KEY_BYTES: usize = 4;
 
@@ -39,6 +48,8 @@ pub(super) const MACHINE: u16 = object::elf::EM_AARCH64;
 pub(super) struct Elf<'file, F> {
     file: &'file F,
     code: Vec<CodeSegment>,
+    /// Where unwinders look up functions: not executed, but of the same form.
+    unwinding: Option<CodeSegment>,
     sections_at: u64,
     sections: u64,
 }
@@ -71,6 +82,8 @@ pub(super) struct Function {
     /// Offset of its name among the table's names.
     pub(super) name: u32,
     pub(super) address: u64,
+    /// Its place in the table.
+    pub(super) index: u64,
 }
 
 struct Section {
@@ -98,6 +111,7 @@ impl<'file, F: FileExt> Elf<'file, F> {
         let mut elf = Self {
             file,
             code: Vec::new(),
+            unwinding: None,
             sections_at: u64::from_le_bytes(field(&header, 40)),
             sections: u64::from(u16::from_le_bytes(field(&header, 60))),
         };
@@ -114,19 +128,23 @@ impl<'file, F: FileExt> Elf<'file, F> {
                 "its segments are described at another length",
             ));
         }
-        let mut code = Vec::new();
+        let (mut code, mut unwinding) = (Vec::new(), None);
         self.entries::<SEGMENT_BYTES>(at, count, |entry| {
-            let is_code = u32::from_le_bytes(field(entry, 0)) == PT_LOAD
-                && u32::from_le_bytes(field(entry, 4)) & PF_X != 0;
+            let kind = u32::from_le_bytes(field(entry, 0));
+            let is_code = kind == PT_LOAD && u32::from_le_bytes(field(entry, 4)) & PF_X != 0;
+            let segment = CodeSegment {
+                address: u64::from_le_bytes(field(entry, 16)),
+                file_offset: u64::from_le_bytes(field(entry, 8)),
+                file_bytes: u64::from_le_bytes(field(entry, 32)),
+            };
             if is_code && code.len() < MAX_CODE_SEGMENTS {
-                code.push(CodeSegment {
-                    address: u64::from_le_bytes(field(entry, 16)),
-                    file_offset: u64::from_le_bytes(field(entry, 8)),
-                    file_bytes: u64::from_le_bytes(field(entry, 32)),
-                });
+                code.push(segment);
+            } else if kind == PT_GNU_EH_FRAME {
+                unwinding = Some(segment);
             }
         })?;
         self.code = code;
+        self.unwinding = unwinding;
         Ok(())
     }
 
@@ -240,14 +258,79 @@ impl<'file, F: FileExt> Elf<'file, F> {
     /// Calls `each` with every function that the table defines.
     pub(super) fn functions(&self, table: &Table, mut each: impl FnMut(Function)) -> Result<(), SymbolError> {
         let count = table.bytes / SYMBOL_BYTES as u64;
+        let mut next = 0;
         self.entries::<SYMBOL_BYTES>(table.at, count, |entry| {
+            let index = next;
+            next += 1;
             // An indirect function is of another type: its symbol is its resolver, which sees nothing of the calls.
             if entry[4] & 0xf == STT_FUNC && u16::from_le_bytes(field(entry, 6)) != SHN_UNDEF {
                 each(Function {
                     name: u32::from_le_bytes(field(entry, 0)),
                     address: u64::from_le_bytes(field(entry, 8)),
+                    index,
                 });
             }
+        })
+    }
+
+    /// Where the versions of the dynamic symbols lie in the file, when they have any.
+    pub(super) fn versions(&self) -> Result<Option<u64>, SymbolError> {
+        let mut at = None;
+        self.entries::<SECTION_BYTES>(self.sections_at, self.sections, |entry| {
+            let section = section(entry);
+            if section.kind == SHT_GNU_VERSYM && at.is_none() {
+                at = Some(section.at);
+            }
+        })?;
+        Ok(at)
+    }
+
+    /// Whether the dynamic symbol is of a version that only programs get which were built with that version.
+    pub(super) fn is_outdated(&self, versions: u64, index: u64) -> bool {
+        let mut version = [0; 2];
+        let at = index
+            .checked_mul(2)
+            .and_then(|inside| inside.checked_add(versions));
+        at.is_some_and(|at| self.read(at, &mut version).is_ok())
+            && u16::from_le_bytes(version) & VERSYM_HIDDEN != 0
+    }
+
+    /// Whether a function starts at this offset in the file, by the sorted list that unwinders use. It is there in stripped
+    /// files too.
+    pub(super) fn starts_function(&self, file_offset: u64) -> Result<bool, SymbolError> {
+        const NO_LIST: SymbolError = SymbolError::Damaged("it has no list of its functions for unwinding");
+        let list = self.unwinding.as_ref().ok_or(NO_LIST)?;
+        let mut header = [0; UNWINDING_BYTES];
+        self.read(list.file_offset, &mut header)?;
+        if header[..4] != UNWINDING {
+            return Err(NO_LIST);
+        }
+        let Some(wanted) = self.address_of(file_offset) else {
+            return Ok(false);
+        };
+        let fits = list.file_bytes.saturating_sub(UNWINDING_BYTES as u64) / UNWINDING_ENTRY_BYTES;
+        let (mut low, mut high) = (0, u64::from(u32::from_le_bytes(field(&header, 8))).min(fits));
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let mut start = [0; 4];
+            let at = (UNWINDING_BYTES as u64 + middle * UNWINDING_ENTRY_BYTES).checked_add(list.file_offset);
+            self.read(at.ok_or(OUTSIDE)?, &mut start)?;
+            let start = list
+                .address
+                .wrapping_add_signed(i64::from(i32::from_le_bytes(start)));
+            match start.cmp(&wanted) {
+                Ordering::Equal => return Ok(true),
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+            }
+        }
+        Ok(false)
+    }
+
+    fn address_of(&self, file_offset: u64) -> Option<u64> {
+        self.code.iter().find_map(|segment| {
+            let inside = file_offset.checked_sub(segment.file_offset)?;
+            (inside < segment.file_bytes).then(|| segment.address.wrapping_add(inside))
         })
     }
 

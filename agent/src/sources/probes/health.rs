@@ -18,7 +18,7 @@ pub enum Outcome {
 pub struct ProgramHealth {
     /// The program.
     pub program: &'static str,
-    /// Its world: `nccl`, `cuda`, `sched`, `block`, `procs`.
+    /// Its world: `nccl`, `cuda`, `sched`, `block`, `procs`, `verbs`.
     pub world: &'static str,
     /// What it is for, and so what is lost without it.
     pub intent: &'static str,

@@ -12,12 +12,15 @@
 //!   100 ms; kernel-side counters, idle launch runs and losses come through it too, so nothing else has to be polled.
 //! - [`Probes::poll_waits`]`(now)`: attaches NCCL's wait hooks for a window now and then, and gives what the windows held.
 //! - [`Probes::poll_device_errors`]`(now)`: what the kernel's own events told of devices.
+//! - [`Probes::watch_posts`]`(tgid, address, by)` when [`ProcessEvent::PostsThrough`] says so: attaches to the RDMA provider's
+//!   function there. [`Probes::look_for_posts`]`(tgid)` finds providers of processes that are older than the agent.
 //! - [`Decoder::decode`]`(RawEvent, lookup, out)`: raw events to [`Decoded`]: an [`Observation`] or a [`ProcessEvent`].
 //! - [`Probes::verifier_stats`], [`Probes::run_stats`], [`Reader::lost`], [`Decoder::refused`]: the probes' own cost and losses.
 //!
 //! [`Observation`]: crate::observation::Observation
 //! [`ProcessEvent`]: crate::sources::procs::ProcessEvent
 //! [`ProcessEvent::Fork`]: crate::sources::procs::ProcessEvent::Fork
+//! [`ProcessEvent::PostsThrough`]: crate::sources::procs::ProcessEvent::PostsThrough
 
 mod attach;
 mod comms;
@@ -39,6 +42,7 @@ mod programs;
 mod rings;
 mod stats;
 mod symbols;
+mod verbs;
 mod waits;
 
 pub use attach::{AttachError, Attached, SymbolFailure};
@@ -50,5 +54,6 @@ pub use object::{LoadError, Loaded, Probes, ProbesConfig, object_places};
 pub use rings::{DrainError, Drained, RawEvent, Reader};
 pub use stats::{RunStats, VerifierStats};
 pub use symbols::{FirstInstruction, SymbolError, Symbols};
+pub use verbs::{PairGrowth, PostsError};
 pub(super) use waits::pause_ns;
 pub use waits::{NoWaitHooks, ThreadWaits, WaitHooks, WaitsConfig};

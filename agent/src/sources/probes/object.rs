@@ -21,6 +21,7 @@ use super::health::{Health, Outcome};
 use super::programs::{Hook, PROGRAMS, ProgramSpec, When};
 use super::rings::Reader;
 use super::stats::{Counters, RunStats, VerifierStats};
+use super::verbs::{PostProbes, PostsError};
 use super::waits::{ThreadWaits, WaitStates, WaitsConfig};
 use crate::observation::ProcessRole;
 use crate::sources::procs::{Library, LibraryId};
@@ -126,6 +127,7 @@ pub struct Probes {
     filter: Filter,
     waits: WaitStates,
     device_errors: DeviceErrors,
+    posts: PostProbes,
     health: Health,
     run_time: Option<OwnedFd>,
     ebpf: Ebpf,
@@ -170,7 +172,8 @@ impl Probes {
         let mut ebpf = load_object(&path, &bytes, config, &offsets)?;
         load_programs(&mut ebpf, &mut health)?;
         let always = attach_tracepoints(&mut ebpf, When::Always, &mut health);
-        let reader = Reader::new(&mut ebpf, config.launch_gap_ns)?;
+        let posts = PostProbes::new(&mut ebpf)?;
+        let reader = Reader::new(&mut ebpf, config.launch_gap_ns, posts.watched())?;
         let filter = Filter::new(take_map(&mut ebpf, "PROCESSES")?, take_map(&mut ebpf, "HINTS")?);
         let waits = WaitStates::new(&mut ebpf, config.waits)?;
         let device_errors = DeviceErrors::new(&mut ebpf, of_devices)?;
@@ -181,6 +184,7 @@ impl Probes {
             filter,
             waits,
             device_errors,
+            posts,
             health: health.clone(),
             run_time: None,
             ebpf,
@@ -244,6 +248,24 @@ impl Probes {
         self.device_errors.take_dropped()
     }
 
+    /// Attaches to the function through which the process posts to RDMA queue pairs, as
+    /// [`ProcessEvent::PostsThrough`](crate::sources::procs::ProcessEvent::PostsThrough) told.
+    ///
+    /// # Errors
+    /// [`PostsError`]: what is posted through it stays unseen.
+    pub fn watch_posts(&mut self, tgid: u32, address: u64, by: u32) -> Result<(), PostsError> {
+        self.posts.watch(&mut self.ebpf, tgid, address, by)
+    }
+
+    /// Looks for RDMA providers that the process maps and whose functions have names, and attaches to those: the process may
+    /// have made its queue pairs before anyone looked. Gives how many functions are watched for it.
+    ///
+    /// # Errors
+    /// [`PostsError`]: what is posted through one of them stays unseen.
+    pub fn look_for_posts(&mut self, tgid: u32) -> Result<usize, PostsError> {
+        self.posts.look_at(&mut self.ebpf, tgid)
+    }
+
     /// Detaches from the library; nothing happens when it is not attached.
     pub fn release_library(&mut self, id: LibraryId) {
         self.waits.remove(id);
@@ -270,6 +292,7 @@ impl Probes {
     pub fn forget_process(&mut self, tgid: u32) {
         self.filter.remove(tgid);
         self.waits.forget(tgid);
+        self.posts.forget(tgid);
         if self.filter.is_empty() {
             let links = std::mem::take(&mut self.tracing);
             drop(detach::in_background(move || drop(links)));

@@ -3,6 +3,7 @@
 use stallscope_records::abi::{
     CallShape, ConstructorShape, CudaShape, Direction, Function, Launch, NO_ARGUMENT, SyncTarget,
 };
+use stallscope_records::verbs::first_argument;
 
 use crate::sources::procs::LibraryKind;
 
@@ -257,11 +258,55 @@ const CUDA: &[Point] = &[
     stream_wait("cuStreamWaitEvent_ptsz", true),
 ];
 
+/// A control call whose first argument leads to the device's context, as [`first_argument`] says.
+const fn control(symbol: &'static str, first: u64) -> Point {
+    Point {
+        symbol,
+        entry: "verbs_control",
+        on_return: None,
+        cookie: first,
+    }
+}
+
+const fn queue_pair(symbol: &'static str, entry: &'static str) -> Point {
+    Point {
+        symbol,
+        entry,
+        on_return: None,
+        cookie: 0,
+    }
+}
+
+/// The exported calls, by verbs.h. Posting and polling are not among them: the header calls the provider directly.
+const VERBS: &[Point] = &[
+    control("ibv_alloc_pd", first_argument::IS_CONTEXT),
+    control("ibv_create_cq", first_argument::IS_CONTEXT),
+    control("ibv_reg_mr", first_argument::HOLDS_CONTEXT),
+    control("ibv_reg_mr_iova2", first_argument::HOLDS_CONTEXT),
+    control("ibv_reg_dmabuf_mr", first_argument::HOLDS_CONTEXT),
+    Point {
+        symbol: "ibv_create_qp",
+        entry: "verbs_control",
+        on_return: Some("verbs_qp_made"),
+        cookie: first_argument::HOLDS_CONTEXT,
+    },
+    queue_pair("ibv_qp_to_qp_ex", "verbs_qp_extended"),
+    queue_pair("ibv_modify_qp", "verbs_qp_changed"),
+    queue_pair("ibv_destroy_qp", "verbs_qp_gone"),
+    Point {
+        symbol: "ibv_get_async_event",
+        entry: "verbs_event_wait",
+        on_return: Some("verbs_event_got"),
+        cookie: 0,
+    },
+];
+
 /// The functions to attach to in a library of this kind.
 pub(super) const fn points(kind: LibraryKind) -> &'static [Point] {
     match kind {
         LibraryKind::Nccl => NCCL,
         LibraryKind::Cuda => CUDA,
+        LibraryKind::Verbs => VERBS,
     }
 }
 
@@ -272,7 +317,7 @@ mod tests {
 
     #[test]
     fn every_program_of_a_point_is_declared_with_its_hook() {
-        for point in NCCL.iter().chain(CUDA) {
+        for point in NCCL.iter().chain(CUDA).chain(VERBS) {
             let entry = PROGRAMS.iter().find(|program| program.name == point.entry);
             assert_eq!(
                 entry.map(|program| program.hook),
@@ -294,7 +339,12 @@ mod tests {
 
     #[test]
     fn a_symbol_is_attached_once() {
-        let mut symbols: Vec<_> = NCCL.iter().chain(CUDA).map(|point| point.symbol).collect();
+        let mut symbols: Vec<_> = NCCL
+            .iter()
+            .chain(CUDA)
+            .chain(VERBS)
+            .map(|point| point.symbol)
+            .collect();
         symbols.sort_unstable();
         let before = symbols.len();
         symbols.dedup();

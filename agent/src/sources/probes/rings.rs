@@ -12,9 +12,11 @@ use rustix::time::{ClockId, clock_gettime};
 use stallscope_attribution::time::Window;
 use stallscope_records::abi::FileOp;
 use stallscope_records::fold::{BlockFold, FileFold, OPEN_RUNS, Run};
+use stallscope_records::verbs::QpGone;
 use stallscope_records::{Field as _, Head, Kind, Ring};
 
 use super::object::{LoadError, take_map};
+use super::verbs::{PairGrowth, Queues, Watched};
 
 /// How often the kernel's counters are read.
 const FOLD_INTERVAL_NS: u64 = 1_000_000_000;
@@ -63,6 +65,15 @@ pub enum RawEvent<'a> {
         /// How many.
         fold: BlockFold,
     },
+    /// What a process posted to a queue pair in the window, or that the queue pair changed.
+    QueuePair {
+        /// Between the two reads.
+        window: Window,
+        /// Process.
+        tgid: u32,
+        /// What.
+        pair: &'a PairGrowth,
+    },
     /// Records that found their ring full in the window.
     Lost {
         /// Between the two reads.
@@ -89,6 +100,7 @@ pub struct Reader {
     runs: HashMap<MapData, u64, RunSlots>,
     files: PerCpuHashMap<MapData, [u32; 2], [u64; 4]>,
     blocks: PerCpuHashMap<MapData, u32, [u64; 3]>,
+    queues: Queues,
     lost: [u64; Ring::ALL.len()],
     last_files: StdHashMap<[u32; 2], [u64; 4]>,
     last_blocks: StdHashMap<u32, [u64; 3]>,
@@ -114,13 +126,14 @@ pub struct Drained {
 }
 
 impl Reader {
-    pub(super) fn new(ebpf: &mut Ebpf, launch_gap_ns: u64) -> Result<Self, LoadError> {
+    pub(super) fn new(ebpf: &mut Ebpf, launch_gap_ns: u64, watched: Watched) -> Result<Self, LoadError> {
         let rings = vec![
             (Ring::Procs, take_map(ebpf, "RING_PROCS")?),
             (Ring::Nccl, take_map(ebpf, "RING_NCCL")?),
             (Ring::Cuda, take_map(ebpf, "RING_CUDA")?),
             (Ring::Sched, take_map(ebpf, "RING_SCHED")?),
             (Ring::Block, take_map(ebpf, "RING_BLOCK")?),
+            (Ring::Verbs, take_map(ebpf, "RING_VERBS")?),
         ];
         let now = monotonic_ns();
         Ok(Self {
@@ -129,6 +142,7 @@ impl Reader {
             runs: take_map(ebpf, "CUDA_RUNS")?,
             files: take_map(ebpf, "FILE_FOLDS")?,
             blocks: take_map(ebpf, "BLOCK_FOLDS")?,
+            queues: Queues::new(take_map(ebpf, "VERBS_QPS")?, watched, now),
             lost: [0; Ring::ALL.len()],
             last_files: StdHashMap::new(),
             last_blocks: StdHashMap::new(),
@@ -166,6 +180,14 @@ impl Reader {
                     && head.kind == Kind::Exit as u16
                 {
                     self.gone.push(head.tgid);
+                    self.queues.process_gone(head.tgid);
+                }
+                if *ring == Ring::Verbs
+                    && let Some(gone) = QpGone::read(&item)
+                    && gone.head.kind == Kind::QpGone as u16
+                {
+                    self.queues.gone(&gone, out);
+                    continue;
                 }
                 out(RawEvent::Record {
                     ring: *ring,
@@ -186,6 +208,7 @@ impl Reader {
             self.losses(window, out);
             self.last_fold_ns = now;
         }
+        self.queues.poll(now, out);
         Ok(Drained { records })
     }
 

@@ -14,6 +14,8 @@ use super::elf::Elf;
 
 /// Bytes of machine code looked at to classify a first instruction.
 const FIRST_BYTES: usize = 16;
+/// Most functions of wanted names that are compared by version; a hostile file may repeat a name millions of times.
+const MAX_VERSION_LOOKS: u32 = 256;
 
 /// What the kernel does when a probe on this instruction is hit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -99,7 +101,8 @@ pub enum SymbolError {
 }
 
 impl Symbols {
-    /// Finds those of `wanted` that the file defines, in its dynamic symbols and, for those not there, in its full ones.
+    /// Finds those of `wanted` that the file defines, in its dynamic symbols and, for those not there, in its full ones. Of
+    /// several versions the default one is taken.
     ///
     /// # Errors
     /// See [`SymbolError`]; a name that is not there is no error.
@@ -118,13 +121,16 @@ impl Symbols {
             let Some(table) = elf.table(kind)? else { continue };
             has_table |= !table.is_empty();
             let places = elf.places(&table, wanted)?;
+            let versions = if kind == SHT_DYNSYM { elf.versions()? } else { None };
+            let mut chosen = Chosen::new(versions);
             elf.functions(&table, |function| {
                 if let Some(&name) = places.get(&function.name)
-                    && !symbols.found.contains_key(name)
+                    && (!symbols.found.contains_key(name) || chosen.is_replaced(&elf, name, function.index))
                     && let Some((file_offset, code)) = elf.code_at::<FIRST_BYTES>(function.address)
                 {
                     let first = classify(&code);
                     symbols.found.insert(name, Symbol { file_offset, first });
+                    chosen.by_name.insert(name, function.index);
                 }
             })?;
         }
@@ -159,6 +165,35 @@ impl Symbols {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.found.is_empty()
+    }
+}
+
+/// Which of several functions of one name is taken: a library may keep old versions beside the one that programs are built
+/// with today, and those call the new one.
+struct Chosen {
+    by_name: HashMap<&'static str, u64>,
+    versions: Option<u64>,
+    looks_left: u32,
+}
+
+impl Chosen {
+    fn new(versions: Option<u64>) -> Self {
+        Self {
+            by_name: HashMap::new(),
+            versions,
+            looks_left: MAX_VERSION_LOOKS,
+        }
+    }
+
+    fn is_replaced(&mut self, elf: &Elf<'_, impl FileExt>, name: &str, index: u64) -> bool {
+        let (Some(versions), Some(&before)) = (self.versions, self.by_name.get(name)) else {
+            return false;
+        };
+        if self.looks_left == 0 {
+            return false;
+        }
+        self.looks_left -= 1;
+        elf.is_outdated(versions, before) && !elf.is_outdated(versions, index)
     }
 }
 

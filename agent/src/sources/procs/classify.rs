@@ -44,7 +44,7 @@ struct World<'a> {
 impl World<'_> {
     fn candidates(&self) -> impl Iterator<Item = u32> {
         self.known.iter().filter_map(|(&pid, process)| {
-            let uses = !process.libraries.is_empty() || is_listed(pid, self.view) == Some(true);
+            let uses = process.uses_gpu() || is_listed(pid, self.view) == Some(true);
             (process.in_scope && uses).then_some(pid)
         })
     }

@@ -9,7 +9,7 @@ use super::classify::classify;
 use super::environ::{Declared, Malformed, parse_environ};
 use super::maps::MappedLibrary;
 use super::proc_fs::ProcFs;
-use super::{Action, GpuView, Library, LibraryId, ProcessEvent};
+use super::{Action, GpuView, Library, LibraryId, LibraryKind, ProcessEvent};
 use crate::observation::{ProcessFacts, ProcessKey};
 
 /// From an event to reading the process: a loader maps many files in a row, and one read is enough for them.
@@ -59,6 +59,13 @@ impl Known {
             pid,
             start_ticks: self.start_ticks,
         }
+    }
+
+    /// Whether it has a library of those that only programs for GPUs have.
+    pub(super) fn uses_gpu(&self) -> bool {
+        self.libraries
+            .iter()
+            .any(|library| library.kind != LibraryKind::Verbs)
     }
 }
 
@@ -125,6 +132,7 @@ impl Discovery {
                     self.dirty.insert(tgid, now_ns);
                 }
             }
+            ProcessEvent::PostsThrough { .. } => {}
         }
     }
 
@@ -283,7 +291,7 @@ impl Discovery {
             return None;
         }
         known.declared = declared;
-        if !known.libraries.is_empty() {
+        if known.uses_gpu() {
             self.warn(pid, malformed);
         }
         Some(known)

@@ -1,6 +1,7 @@
-//! Probed libraries in `/proc/PID/maps`.
+//! What a process maps, and which of that are probed libraries: `/proc/PID/maps`.
 
 use std::io::BufRead;
+use std::ops::ControlFlow;
 
 use super::{LibraryId, LibraryKind};
 
@@ -24,9 +25,89 @@ pub(super) struct MappedLibrary {
     pub(super) range: String,
 }
 
-/// The probed libraries with executable mappings, each file once.
-pub(super) fn scan_maps(mut maps: impl BufRead) -> std::io::Result<Vec<MappedLibrary>> {
-    let mut found: Vec<MappedLibrary> = Vec::new();
+/// One line about a file, `start-end perms offset major:minor inode path`, proc_pid_maps(5).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mapping<'line> {
+    columns: &'line [u8],
+    path: &'line [u8],
+    deleted: bool,
+}
+
+/// The columns before the path.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Columns<'line> {
+    /// `start-end`, the name in `map_files`.
+    pub(crate) range: &'line str,
+    pub(crate) executable: bool,
+    /// Of the first byte in the file.
+    pub(crate) file_offset: u64,
+    pub(crate) id: LibraryId,
+}
+
+impl<'line> Mapping<'line> {
+    fn of(line: &'line [u8]) -> Option<Self> {
+        let slash = line.iter().position(|&byte| byte == b'/')?;
+        let (columns, path) = line.split_at(slash);
+        let (path, deleted) = match path.strip_suffix(DELETED) {
+            Some(path) => (path, true),
+            None => (path, false),
+        };
+        Some(Self {
+            columns,
+            path,
+            deleted,
+        })
+    }
+
+    /// The last part of the path.
+    pub(crate) fn name(&self) -> &'line [u8] {
+        self.path.rsplit(|&byte| byte == b'/').next().unwrap_or_default()
+    }
+
+    pub(crate) fn path(&self) -> String {
+        String::from_utf8_lossy(self.path).into_owned()
+    }
+
+    /// Whether the path leads to the file no more.
+    pub(crate) fn deleted(&self) -> bool {
+        self.deleted
+    }
+
+    /// `None` when the line is none of the kernel's.
+    pub(crate) fn columns(&self) -> Option<Columns<'line>> {
+        let mut columns = std::str::from_utf8(self.columns).ok()?.split_ascii_whitespace();
+        let range = columns.next()?;
+        let executable = columns.next()?.contains('x');
+        let file_offset = u64::from_str_radix(columns.next()?, 16).ok()?;
+        let (major, minor) = columns.next()?.split_once(':')?;
+        let inode: u64 = columns.next()?.parse().ok()?;
+        let device = u64::from(u32::from_str_radix(major, 16).ok()?) << 32
+            | u64::from(u32::from_str_radix(minor, 16).ok()?);
+        (inode != 0).then_some(Columns {
+            range,
+            executable,
+            file_offset,
+            id: LibraryId { device, inode },
+        })
+    }
+}
+
+impl Columns<'_> {
+    /// First address, and the one behind the last.
+    pub(crate) fn addresses(&self) -> Option<(u64, u64)> {
+        let (start, end) = self.range.split_once('-')?;
+        Some((
+            u64::from_str_radix(start, 16).ok()?,
+            u64::from_str_radix(end, 16).ok()?,
+        ))
+    }
+}
+
+/// Calls `each` with every mapping of a file until it breaks; as many as a process may have by the kernel's default.
+pub(crate) fn for_each_mapping(
+    mut maps: impl BufRead,
+    mut each: impl FnMut(Mapping<'_>) -> ControlFlow<()>,
+) -> std::io::Result<()> {
     let mut line = Vec::with_capacity(256);
     for _ in 0..MAX_LINES {
         line.clear();
@@ -37,42 +118,41 @@ pub(super) fn scan_maps(mut maps: impl BufRead) -> std::io::Result<Vec<MappedLib
             continue;
         }
         let line = line.strip_suffix(b"\n").unwrap_or(&line);
-        if let Some(library) = parse_line(line)
+        if let Some(mapping) = Mapping::of(line)
+            && each(mapping).is_break()
+        {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The probed libraries with executable mappings, each file once.
+pub(super) fn scan_maps(maps: impl BufRead) -> std::io::Result<Vec<MappedLibrary>> {
+    let mut found: Vec<MappedLibrary> = Vec::new();
+    for_each_mapping(maps, |mapping| {
+        if let Some(library) = probed(&mapping)
             && found.iter().all(|known| known.id != library.id)
         {
             found.push(library);
             if found.len() == MAX_LIBRARIES {
-                break;
+                return ControlFlow::Break(());
             }
         }
-    }
+        ControlFlow::Continue(())
+    })?;
     Ok(found)
 }
 
-/// `start-end perms offset major:minor inode path`, proc_pid_maps(5).
-fn parse_line(line: &[u8]) -> Option<MappedLibrary> {
-    let slash = line.iter().position(|&byte| byte == b'/')?;
-    let (columns, path) = line.split_at(slash);
-    let (path, deleted) = match path.strip_suffix(DELETED) {
-        Some(path) => (path, true),
-        None => (path, false),
-    };
-    let name = path.rsplit(|&byte| byte == b'/').next()?;
-    let kind = kind_of(name)?;
-    let mut columns = std::str::from_utf8(columns).ok()?.split_ascii_whitespace();
-    let range = columns.next()?;
-    let executable = columns.next()?.contains('x');
-    let _offset = columns.next()?;
-    let (major, minor) = columns.next()?.split_once(':')?;
-    let inode: u64 = columns.next()?.parse().ok()?;
-    let device = u64::from(u32::from_str_radix(major, 16).ok()?) << 32
-        | u64::from(u32::from_str_radix(minor, 16).ok()?);
-    (executable && inode != 0).then(|| MappedLibrary {
-        id: LibraryId { device, inode },
+fn probed(mapping: &Mapping<'_>) -> Option<MappedLibrary> {
+    let kind = kind_of(mapping.name())?;
+    let columns = mapping.columns()?;
+    columns.executable.then(|| MappedLibrary {
+        id: columns.id,
         kind,
-        path: String::from_utf8_lossy(path).into_owned(),
-        deleted,
-        range: range.to_owned(),
+        path: mapping.path(),
+        deleted: mapping.deleted,
+        range: columns.range.to_owned(),
     })
 }
 
@@ -86,6 +166,8 @@ fn kind_of(name: &[u8]) -> Option<LibraryKind> {
         Some(LibraryKind::Nccl)
     } else if versioned(b"libcuda.so") {
         Some(LibraryKind::Cuda)
+    } else if versioned(b"libibverbs.so") {
+        Some(LibraryKind::Verbs)
     } else {
         None
     }

@@ -31,6 +31,7 @@ mod tests;
 
 pub use cpu_time::CpuTimeReader;
 pub use discovery::Discovery;
+pub(crate) use maps::{Mapping, for_each_mapping};
 pub use quota::QuotaReader;
 
 use std::path::PathBuf;
@@ -61,6 +62,15 @@ pub enum ProcessEvent {
     Exit {
         /// Which.
         tgid: u32,
+    },
+    /// It is about to post to RDMA queue pairs through this function of their provider.
+    PostsThrough {
+        /// Which.
+        tgid: u32,
+        /// Address of the function in the process.
+        address: u64,
+        /// How it posts: one of `stallscope_records::verbs::posts_by`.
+        by: u32,
     },
 }
 
@@ -98,6 +108,8 @@ pub enum LibraryKind {
     Nccl,
     /// `libcuda.so*`, the driver's API.
     Cuda,
+    /// `libibverbs.so*`. Many programs have it that use no GPU: it makes none a process to trace.
+    Verbs,
 }
 
 /// A library to probe.
