@@ -2,15 +2,16 @@
 //!
 //! A collective ends on all its ranks within microseconds: the last bytes reach all of them. Ranks of one node whose
 //! ends agree share a clock. Every other rank gets a line (offset and drift) that maps its clock to that of the ranks
-//! aligned before it, through the largest communicator that joins them: a node without a world-wide collective is
-//! reached through a smaller one. What the line leaves over is the error; waiting shorter than it is nobody's.
+//! aligned before it, through the largest communicator that joins them often enough to show a drift: a node without a
+//! world-wide collective is reached through a smaller one. What the line leaves over is the error; waiting shorter than
+//! it is nobody's.
 
 use super::meetings::Members;
 
 /// Ends that agree this closely were taken on one clock; those that no line brings this close are not aligned, ns.
 const ONE_CLOCK_NS: u64 = 50_000;
 /// A drift is looked for in at least so many collectives.
-const LEAST_FOR_DRIFT: usize = 8;
+const LEAST_FOR_DRIFT: usize = 4;
 /// Parts in which a drift is expressed.
 const PPB: i128 = 1_000_000_000;
 
@@ -69,7 +70,10 @@ impl Clocks {
             .filter(|members| members.len() > 1)
             .collect();
         // Stable: of equal channels the first.
-        order.sort_by_key(|members| core::cmp::Reverse((members.len(), collectives(members))));
+        order.sort_by_key(|members| {
+            let count = collectives(members);
+            core::cmp::Reverse((count >= LEAST_FOR_DRIFT, members.len(), count))
+        });
         let mut aligning = Aligning {
             lines: vec![None; nodes.len()],
             tried: vec![false; nodes.len()],
