@@ -60,6 +60,8 @@ causes! {
     HostAlloc = "host.alloc";
     /// Compilation blocks the launching thread.
     HostCompile = "host.compile";
+    /// A process takes in data more slowly than its peers send it.
+    HostReceiver = "host.receiver";
     /// A GPU lowers its clock because it is hot.
     DeviceThermal = "device.thermal";
     /// A GPU lowers its clock because of its power limit.

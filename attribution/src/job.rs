@@ -12,6 +12,7 @@ use crate::budget::Budget;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::{Activity, GpuSubject, RecordGap, StepMethod};
 use crate::leaf::Leaf;
+use crate::links::LinkReport;
 use crate::reading::Reading;
 use crate::time::Window;
 
@@ -201,4 +202,6 @@ pub struct JobAnalysis {
     pub mfu_declared: bool,
     /// What the GPUs worked on.
     pub work: WorkAccount,
+    /// Which GPU reaches the network how, and what the devices told.
+    pub links: LinkReport,
 }

@@ -5,7 +5,8 @@
 //!
 //! The way through the crate, in the order of the data:
 //! [`facts`] (what was observed for one GPU in one window) → [`budget`] (integer nanoseconds per [`leaf::Leaf`],
-//! summing to the window) → [`job`] (ranks joined, waiting moved to who was late, causes named).
+//! summing to the window) → [`job`] (ranks joined, waiting moved to who was late, causes named). Beside it, [`links`]
+//! tells what the devices said about ports, PCIe and faults, and which GPU reaches which port.
 #![forbid(unsafe_code)]
 
 pub mod activity;
@@ -15,6 +16,7 @@ pub mod facts;
 pub mod flops;
 pub mod job;
 pub mod leaf;
+pub mod links;
 pub mod peaks;
 pub mod reading;
 pub mod steps;

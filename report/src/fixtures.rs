@@ -7,8 +7,13 @@ use stallscope_attribution::job::{
     Blame, Evidence, GpuSummary, JobAnalysis, Recovers, RuledOut, Tier, Verdict, WorkAccount,
 };
 use stallscope_attribution::leaf::Leaf;
+use stallscope_attribution::links::{
+    Distance, Finding, FindingCost, GpuPath, LinkReport, PathPort, Severity, Side, Unseen,
+};
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
+
+use crate::document::Document;
 
 /// 2026-11-22 00:58:25 UTC.
 const START_NS: u64 = 1_795_309_105_000_000_000;
@@ -72,6 +77,7 @@ fn analysis(gpus: Vec<GpuSummary>, verdicts: Vec<Verdict>) -> JobAnalysis {
         mfu_ppm: Some(378_151),
         mfu_declared: true,
         work: WorkAccount::default(),
+        links: LinkReport::default(),
     }
 }
 
@@ -314,4 +320,54 @@ pub(crate) fn hostile(text: &str) -> JobAnalysis {
         }
     }
     analysis
+}
+
+/// One finding, one path, one thing not seen.
+pub(crate) fn link_report() -> LinkReport {
+    let pci = || "0000:18:00.0".to_owned();
+    LinkReport {
+        paths: vec![GpuPath {
+            node: "node1".to_owned(),
+            job: "llama-70b".to_owned(),
+            rank: Some(5),
+            gpu: Some(3),
+            pci: "0000:17:00.0".to_owned(),
+            ports: vec![PathPort {
+                port: "mlx5_1:1".to_owned(),
+                pci: pci(),
+                netdev: "eth2".to_owned(),
+                distance: Distance::Switch,
+                is_used: Reading::Value(true),
+                peers: vec!["node0 mlx5_1:1".to_owned()],
+            }],
+        }],
+        findings: vec![Finding {
+            cause: Cause::NetworkPcie,
+            place: Place {
+                node: Some("node1".to_owned()),
+                pci: Some(pci()),
+                ..Place::default()
+            },
+            side: Side::Device,
+            severity: Severity::Degraded,
+            summary: "the link of mlx5_1 has 8 lanes".to_owned(),
+            evidence: vec![Evidence {
+                what: "lanes".to_owned(),
+                value: "8".to_owned(),
+                expected: "16".to_owned(),
+            }],
+            ruled_out: Vec::new(),
+            window: Window::new(START_NS, START_NS + SECOND_NS).expect("a window"),
+            cost: FindingCost::NotMeasured,
+        }],
+        unseen: vec![Unseen {
+            node: "node1".to_owned(),
+            what: "mlx5_0:1: its rate was not measured".to_owned(),
+        }],
+    }
+}
+
+/// What devices told of a node whose jobs took no step.
+pub(crate) fn links_alone() -> Document {
+    Document::of_links(&link_report()).expect("a document")
 }

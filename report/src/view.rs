@@ -1,6 +1,7 @@
 //! What every rendering shows, computed once from the document, so that text and page cannot disagree.
 
 mod efficiency;
+mod links;
 
 use stallscope_attribution::leaf::{Class, Leaf};
 
@@ -10,6 +11,7 @@ use crate::share::{apportion, tenths_of_percent};
 use crate::words;
 
 pub(crate) use efficiency::{mfu_notes, mfu_sentence, mfu_tenths, roof};
+pub(crate) use links::{finding_costs, not_seen, path};
 
 /// How many ranks a table for people shows; the JSON has them all.
 const MOST_RANKS: usize = 32;
@@ -252,7 +254,7 @@ pub(crate) fn place(place: &Where) -> String {
             parts.push(format!("GPU {gpu} ({})", format::clean(pci)))
         }
         (Some(gpu), _) => parts.push(format!("GPU {gpu}")),
-        (None, Some(pci)) if !pci.is_empty() => parts.push(format!("GPU {}", format::clean(pci))),
+        (None, Some(pci)) if !pci.is_empty() => parts.push(format!("PCI {}", format::clean(pci))),
         (None, _) => {}
     }
     parts.extend(place.rank.map(|rank| format!("rank {rank}")));

@@ -66,6 +66,7 @@ pub const fn cause(cause: Cause) -> &'static str {
         Cause::HostSync => "Synchronisation drains the GPU",
         Cause::HostAlloc => "Allocation in the driver blocks the launching thread",
         Cause::HostCompile => "Compilation blocks the launching thread",
+        Cause::HostReceiver => "A process takes in data more slowly than its peers send it",
         Cause::DeviceThermal => "A GPU lowers its clock because it is hot",
         Cause::DevicePowerCap => "A GPU lowers its clock because of its power limit",
         Cause::DeviceContention => "Another process uses the GPU",

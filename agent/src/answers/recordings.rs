@@ -31,7 +31,7 @@ pub enum ReplayError {
         /// The other.
         second: PathBuf,
     },
-    /// They hold no account of any GPU.
+    /// They hold no account of any GPU or device.
     #[error("nothing to report in the recordings: {0}")]
     Nothing(String),
 }
@@ -145,6 +145,10 @@ impl Jobs {
         let mut jobs: BTreeMap<String, Vec<GpuHistory>> = BTreeMap::new();
         for gpu in self.gpus.into_values() {
             jobs.entry(gpu.subject.job.clone()).or_default().push(gpu);
+        }
+        if jobs.is_empty() && !self.hardware.is_empty() {
+            // What the devices told belongs to no job then.
+            jobs.insert(String::new(), Vec::new());
         }
         let facts = |(job, gpus): (String, Vec<GpuHistory>)| JobFacts {
             kind: self

@@ -4,15 +4,19 @@ use std::collections::BTreeMap;
 
 use stallscope_attribution::facts::{GpuHistory, JobFacts, RecordGap};
 use stallscope_attribution::job::analyse;
+use stallscope_attribution::links::{self, Unseen};
 use stallscope_attribution::time::Window;
 use stallscope_report::document::Document;
 
-/// The report of one job, or of all with the one heard of last first.
+/// The report of one job, or of all with the one heard of last first; of no job in particular and without any, what the
+/// devices told.
 ///
 /// # Errors
 /// A sentence saying what is recorded, when nothing fits.
 pub(crate) fn document(facts: Vec<JobFacts>, job: Option<&str>) -> Result<Document, String> {
-    let known: Vec<String> = facts.iter().map(|facts| facts.job.clone()).collect();
+    let named = facts.iter().map(|facts| facts.job.clone());
+    let known: Vec<String> = named.filter(|name| !name.is_empty()).collect();
+    let devices = if job.is_none() { of_devices(&facts) } else { None };
     let mut wanted: Vec<JobFacts> = facts
         .into_iter()
         .filter(|facts| job.is_none_or(|job| facts.job == job))
@@ -23,11 +27,23 @@ pub(crate) fn document(facts: Vec<JobFacts>, job: Option<&str>) -> Result<Docume
     }
     wanted.retain(|facts| !facts.gpus.is_empty());
     if wanted.is_empty() {
-        return Err(nothing_recorded(&known, job));
+        return devices.ok_or_else(|| nothing_recorded(&known, job));
     }
     wanted.sort_by_key(|facts| std::cmp::Reverse(facts.gpus.iter().filter_map(last_ns).max()));
     let analyses: Vec<_> = wanted.iter().map(analyse).collect();
     Ok(Document::from_analyses(&analyses))
+}
+
+/// What the devices told, where any did: a node whose jobs took no step on a GPU has ports and links too. What the record
+/// lacks is said with it.
+fn of_devices(facts: &[JobFacts]) -> Option<Document> {
+    let told = facts.iter().find(|facts| !facts.hardware.is_empty())?;
+    let mut links = links::examine(&told.hardware, &told.ports, &[]);
+    links.unseen.extend(told.gaps.iter().map(|gap| Unseen {
+        node: gap.node.clone(),
+        what: gap.what.clone(),
+    }));
+    Document::of_links(&links)
 }
 
 fn nothing_recorded(known: &[String], job: Option<&str>) -> String {
@@ -111,7 +127,7 @@ const fn realtime(at_ns: u64, offset_ns: i64) -> u64 {
 mod tests {
     use super::*;
     use stallscope_attribution::budget::Budget;
-    use stallscope_attribution::facts::{GpuSubject, Span, SpanKind};
+    use stallscope_attribution::facts::{GpuSubject, HardwareFact, HardwareFacts, RdmaPort, Span, SpanKind};
     use stallscope_attribution::leaf::Leaf;
 
     fn gpu(rank: u32, pid: u32, start_ns: u64, realtime_offset_ns: i64) -> GpuHistory {
@@ -180,6 +196,35 @@ mod tests {
             Ok(vec!["b".to_owned(), "a".to_owned()])
         );
         assert_eq!(document(jobs, Some("a")).map(names), Ok(vec!["a".to_owned()]));
+    }
+
+    #[test]
+    fn without_steps_the_devices_speak() {
+        let port = RdmaPort {
+            device: "mlx5_0".to_owned(),
+            port: 1,
+            ..RdmaPort::default()
+        };
+        let facts = JobFacts {
+            hardware: vec![HardwareFacts {
+                node: "node1".to_owned(),
+                window: Window::new(0, 1_000).expect("a window"),
+                realtime_offset_ns: 0,
+                fact: HardwareFact::RdmaPort(port),
+            }],
+            ..JobFacts::default()
+        };
+        let report = document(vec![facts.clone()], None).expect("a report");
+        assert!(report.jobs.is_empty());
+        let not_seen = report.links.expect("links").not_seen;
+        assert!(
+            not_seen.iter().any(|line| line.what.starts_with("mlx5_0:1")),
+            "{not_seen:?}"
+        );
+        assert_eq!(
+            document(vec![facts], Some("x")),
+            Err("no job has been seen on this node".to_owned())
+        );
     }
 
     #[test]

@@ -279,9 +279,18 @@ impl Recent {
             .map(|(subject, recent)| (subject, recent.steps.back()))
     }
 
-    /// The recent history as facts, one entry per job, in the order of names.
+    /// The recent history as facts, one entry per job, in the order of names; what devices told without any job is one
+    /// without a name.
     #[must_use]
     pub fn job_facts(&self) -> Vec<JobFacts> {
+        if self.jobs.is_empty() && !self.hardware.is_empty() {
+            return vec![JobFacts {
+                ports: self.ports.iter().cloned().collect(),
+                hardware: self.hardware.iter().cloned().collect(),
+                gaps: self.gaps.iter().cloned().collect(),
+                ..JobFacts::default()
+            }];
+        }
         self.jobs
             .iter()
             .map(|(name, job)| JobFacts {

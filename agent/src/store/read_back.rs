@@ -131,9 +131,12 @@ impl StoredJobs {
         self.histories().filter_map(last).collect()
     }
 
-    /// One entry per job, by name.
+    /// One entry per job, by name; what devices told without any job is one without a name.
     #[must_use]
-    pub fn into_job_facts(self) -> Vec<JobFacts> {
+    pub fn into_job_facts(mut self) -> Vec<JobFacts> {
+        if self.jobs.is_empty() && !self.hardware.is_empty() {
+            self.jobs.insert(String::new(), StoredJob::default());
+        }
         let (ports, gaps): (Vec<_>, Vec<_>) = (self.ports.into(), self.gaps.into());
         let hardware: Vec<_> = self.hardware.into();
         let history = |(subject, gpu): (GpuSubject, StoredGpu)| GpuHistory {

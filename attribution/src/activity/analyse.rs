@@ -17,6 +17,7 @@ use crate::cause::{Cause, Place};
 use crate::facts::{GpuSubject, PPM, RecordGap, StepMethod};
 use crate::job::{Blame, FlopsSource, GpuSummary, JobAnalysis, Tier, WorkAccount};
 use crate::leaf::Leaf;
+use crate::links::LinkReport;
 use crate::reading::Reading;
 use crate::time::Window;
 
@@ -125,6 +126,7 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
         .as_ref()
         .is_some_and(|how| how.source == FlopsSource::Declared);
     JobAnalysis {
+        links: LinkReport::default(),
         job: job.job,
         kind: job.kind,
         observed,

@@ -7,8 +7,10 @@ use super::blame::Skew;
 use super::network::{self, PortLoad, Pressure};
 use super::regimes;
 use crate::budget::arith::{apportion, mul_div, signed};
+use crate::cause::Cause;
 use crate::facts::{LinkFacts, PPM, PortFacts};
 use crate::leaf::{Class, Leaf};
+use crate::links::{Finding, Severity};
 use crate::time::Window;
 
 /// One rank over one regime.
@@ -171,6 +173,8 @@ pub(super) struct Ledger {
     pub(super) ranks: Vec<RankLedger>,
     pub(super) ports: Vec<PortLoad>,
     pub(super) pressure: Pressure,
+    /// What the devices say holds communication back, where `pressure` says that they do.
+    pub(super) link: Option<Finding>,
     /// Position of a healthier regime to compare with.
     pub(super) baseline: Option<usize>,
 }
@@ -188,6 +192,7 @@ pub(super) fn ledgers(
     regimes: &[Range<usize>],
     skew: &Skew,
     ports: &[PortFacts],
+    findings: &[Finding],
     nodes: usize,
 ) -> Vec<Ledger> {
     let mut ledgers: Vec<Ledger> = regimes
@@ -202,7 +207,11 @@ pub(super) fn ledgers(
             *best != at && own - base >= mul_div(base, regimes::healthier_ppm(noise_ppm), PPM)
         });
         let base = ledgers[at].baseline.map(|best| &ledgers[best]);
-        ledgers[at].pressure = pressure(&ledgers[at], base);
+        let link = base
+            .and_then(|base| began(findings, ledgers[at].window, base.window))
+            .cloned();
+        ledgers[at].pressure = pressure(&ledgers[at], base, link.as_ref());
+        ledgers[at].link = link.filter(|_| matches!(ledgers[at].pressure, Pressure::Link(_)));
     }
     // Healthy regimes first: the others take them as reference.
     let mut order: Vec<usize> = (0..ledgers.len()).collect();
@@ -265,9 +274,13 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
         window,
         ranks,
         pressure: Pressure::None,
+        link: None,
         baseline: None,
     }
 }
+
+/// A group throttled by its quota for this share of the time takes in slowly for that reason, parts per million.
+const HELD_BACK_PPM: u64 = 40_000;
 
 /// A thread that wants a CPU for this share of its time runs on a host with too few, parts per million.
 const STARVED_PPM: u64 = 100_000;
@@ -275,15 +288,49 @@ const STARVED_PPM: u64 = 100_000;
 /// More bytes on the wire for the same payload than in the healthy regime, parts per million: another algorithm.
 const WASTEFUL_PPM: u64 = 1_150_000;
 
-/// What holds the collectives back: a port, the fabric, the links inside a node, or the way they are done.
-fn pressure(ledger: &Ledger, base: Option<&Ledger>) -> Pressure {
+/// The finding about links that is there now and was not in the healthy regime: the worst of them. One that was there
+/// all the time does not tell what the difference is.
+fn began(findings: &[Finding], now: Window, healthy: Window) -> Option<&Finding> {
+    let slows = |finding: &&Finding| {
+        let links = matches!(
+            finding.cause,
+            Cause::NetworkNic
+                | Cause::NetworkFabric
+                | Cause::NetworkNvlink
+                | Cause::NetworkPcie
+                | Cause::NetworkConfig
+                | Cause::HostReceiver
+        );
+        links && finding.severity >= Severity::Degraded
+    };
+    let common_ns = |finding: &Finding, window: Window| {
+        let end_ns = finding.window.end_ns().min(window.end_ns());
+        end_ns.saturating_sub(finding.window.start_ns().max(window.start_ns()))
+    };
+    findings.iter().filter(slows).find(|finding| {
+        common_ns(finding, now) > 0 && common_ns(finding, healthy).saturating_mul(4) <= healthy.len_ns()
+    })
+}
+
+/// What holds the collectives back: a port, the way between two, who takes the bytes in, the links inside a node, or the
+/// way they are done.
+fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> Pressure {
     let mut of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
-    if matches!(of_ports, Pressure::Port(_)) {
+    if matches!(of_ports, Pressure::Port(_) | Pressure::Lossy(_)) {
         return of_ports;
+    }
+    if let Some(link) = link {
+        return Pressure::Link(link.cause);
     }
     // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network. What the links
     // and the bytes say stays.
-    if of_ports == Pressure::Fabric && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice())) {
+    if matches!(of_ports, Pressure::Fabric | Pressure::Receiver(_))
+        && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice()))
+    {
+        of_ports = Pressure::None;
+    }
+    let throttled = |rank: &RankLedger| rank.throttled_ppm() >= HELD_BACK_PPM;
+    if matches!(of_ports, Pressure::Receiver(_)) && ledger.ranks.iter().any(throttled) {
         of_ports = Pressure::None;
     }
     let down = |ledger: &Ledger| {

@@ -4,8 +4,11 @@
 //! that are busy while no local queue holds them are waiting for the fabric. A rank that arrives late leaves no such
 //! trace: its peers' flows have nothing to send.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::rollup::realtime;
 use crate::budget::arith::mul_div;
+use crate::cause::Cause;
 use crate::facts::{FlowFacts, PPM, PortFacts};
 use crate::time::Window;
 
@@ -23,6 +26,13 @@ const SLOWER_LINE_PERCENT: u64 = 60;
 const CONGESTED_RTT_PERCENT: u64 = 300;
 /// Share of the busy time in which the receiver, not the network, was the limit, parts per million.
 const RECEIVER_PPM: u64 = 500_000;
+
+/// Segments sent again of those sent that show a lossy way, parts per million.
+const LOSSY_PPM: u64 = 1_000;
+/// One way is lossy, or one receiver slow, when it shows this many times what the others show.
+const LOSSIER: u64 = 4;
+/// Bytes of a full segment on Ethernet with time stamps.
+const SEGMENT_BYTES: u64 = 1_448;
 
 /// One port over a stretch of time.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -45,6 +55,17 @@ pub(super) struct PortLoad {
     pub(super) sent_bytes: u64,
     pub(super) window_ns: u64,
     pub(super) line_bytes_per_s: Option<u64>,
+    /// Time flows had data to send and their receiver took none, ns, by the receiver.
+    pub(super) limited_by: BTreeMap<Receiver, u64>,
+}
+
+/// Who takes in what a flow sends.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(super) struct Receiver {
+    /// Its node; its address when no record of it is there.
+    pub(super) node: String,
+    /// Its process, where only one of that node talks to the sender's.
+    pub(super) pid: Option<u32>,
 }
 
 impl PortLoad {
@@ -60,13 +81,35 @@ impl PortLoad {
         mul_div(self.sent_bytes, 1_000_000_000, self.window_ns)
     }
 
+    /// Segments sent again of those sent, parts per million.
+    pub(super) fn lost_ppm(&self) -> u64 {
+        mul_div(
+            self.retransmits,
+            PPM,
+            (self.sent_bytes / SEGMENT_BYTES).max(self.retransmits).max(1),
+        )
+    }
+
+    /// Share of the time in which a receiver took nothing of what the busiest flow had to send, parts per million.
+    pub(super) fn limited_ppm(&self) -> u64 {
+        mul_div(self.receiver_limited_ns, PPM, self.window_ns)
+    }
+
+    /// Who took in most slowly.
+    pub(super) fn slowest_receiver(&self) -> Option<&Receiver> {
+        self.limited_by
+            .iter()
+            .max_by_key(|(_, ns)| **ns)
+            .map(|(receiver, _)| receiver)
+    }
+
     /// Whether the network itself makes flows slow: packets are lost or wait in queues on their way. Flows that tell
     /// neither may be.
     fn is_congested(&self) -> bool {
         self.rtt_percent == 0 || self.rtt_percent >= CONGESTED_RTT_PERCENT || self.retransmits > self.windows
     }
 
-    fn add(&mut self, facts: &PortFacts) {
+    fn add(&mut self, facts: &PortFacts, owners: &Owners<'_>) {
         let backlog = facts.backlog_bytes.value().copied().unwrap_or(0);
         let overlimits = facts.queue_overlimits.value().copied().unwrap_or(0);
         self.windows += 1;
@@ -84,6 +127,10 @@ impl PortLoad {
         // Of one that only receives, round trips are measured too seldom to say anything.
         let sends = |flow: &&FlowFacts| flow.acked_bytes > 0 || flow.busy_ns > 0 || flow.unsent_bytes > 0;
         for flow in facts.flows.iter().filter(sends) {
+            if flow.receiver_limited_ns > 0 {
+                let limited = self.limited_by.entry(owners.receiver(flow)).or_default();
+                *limited = limited.saturating_add(flow.receiver_limited_ns);
+            }
             self.unsent_bytes = self.unsent_bytes.max(flow.unsent_bytes);
             self.retransmits = self.retransmits.saturating_add(flow.retransmits);
             self.rtt_percent =
@@ -98,11 +145,57 @@ impl PortLoad {
     }
 }
 
+/// Which processes have flows between two addresses, by the sending and the receiving one.
+struct Owners<'a> {
+    nodes: BTreeMap<&'a str, &'a str>,
+    pids: BTreeMap<(&'a str, &'a str), BTreeSet<u32>>,
+}
+
+impl<'a> Owners<'a> {
+    fn of(ports: &'a [PortFacts]) -> Self {
+        let mut owners = Self {
+            nodes: BTreeMap::new(),
+            pids: BTreeMap::new(),
+        };
+        for facts in ports {
+            for flow in &facts.flows {
+                let (local, peer) = (address(&flow.local), address(&flow.peer));
+                owners.nodes.insert(local, &facts.node);
+                owners.pids.entry((local, peer)).or_default().insert(flow.pid);
+            }
+        }
+        owners
+    }
+
+    /// The end that takes in what a flow sends.
+    fn receiver(&self, flow: &FlowFacts) -> Receiver {
+        let (local, peer) = (address(&flow.local), address(&flow.peer));
+        let pids = self.pids.get(&(peer, local));
+        Receiver {
+            node: self.nodes.get(peer).map_or(peer, |node| *node).to_owned(),
+            pid: pids
+                .filter(|pids| pids.len() == 1)
+                .and_then(|pids| pids.first().copied()),
+        }
+    }
+}
+
+/// An address without its port.
+fn address(of: &str) -> &str {
+    of.rsplit_once(':').map_or(of, |(address, _)| address)
+}
+
 /// Where the network is slow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pressure {
     /// Transmit side of one port, by its position in the loads.
     Port(usize),
+    /// On the way from one port, by its position in the loads: what it sends gets lost.
+    Lossy(usize),
+    /// Nowhere: who takes in what one port sends, by its position in the loads, does so slowly.
+    Receiver(usize),
+    /// Where the devices say: a port, a link or the way between two, which is that cause.
+    Link(Cause),
     /// Between the ports.
     Fabric,
     /// Between the GPUs of a node.
@@ -116,6 +209,7 @@ pub(super) enum Pressure {
 /// The loads, within a stretch of `CLOCK_REALTIME`, of the ports that the job's flows use: windows count where their
 /// middle lies in it. What a node's other ports do, one for its management or its backup, is not the job's.
 pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
+    let owners = Owners::of(ports);
     let mut loads: Vec<PortLoad> = Vec::new();
     for facts in ports {
         let window = realtime(facts.window, facts.realtime_offset_ns);
@@ -134,7 +228,7 @@ pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
             });
             loads.len() - 1
         });
-        loads[at].add(facts);
+        loads[at].add(facts, &owners);
     }
     loads.retain(|load| load.busy_ppm() >= USED_PPM);
     loads.sort_by(|a, b| (&a.node, &a.port).cmp(&(&b.node, &b.port)));
@@ -175,6 +269,12 @@ pub(super) fn pressure(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Press
             return Pressure::Port(at);
         }
     }
+    if let Some(at) = lossy(loads, before) {
+        return Pressure::Lossy(at);
+    }
+    if let Some(at) = slow_receiver(loads, before) {
+        return Pressure::Receiver(at);
+    }
     let busy = loads.iter().any(|load| {
         let more = load.busy_ppm() >= BUSY_PPM && load.busy_ppm() * 2 >= normal(load).2 * 3;
         more && load.is_congested()
@@ -190,6 +290,32 @@ pub(super) fn pressure(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Press
     } else {
         Pressure::None
     }
+}
+
+fn earlier<'a>(load: &PortLoad, before: Option<&'a [PortLoad]>) -> Option<&'a PortLoad> {
+    before?
+        .iter()
+        .find(|other| other.node == load.node && other.port == load.port)
+}
+
+/// The one port that has to send again far more of what it sends than the other nodes' ports, and than it used to.
+/// Acknowledgements are not sent again, so this tells the direction.
+fn lossy(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Option<usize> {
+    let lost: Vec<u64> = loads.iter().map(PortLoad::lost_ppm).collect();
+    let at = standing_out_by(loads, &lost, LOSSY_PPM, LOSSIER)?;
+    let normal = earlier(&loads[at], before).map_or(0, PortLoad::lost_ppm);
+    (loads[at].retransmits >= loads[at].windows && lost[at] >= normal.saturating_mul(LOSSIER)).then_some(at)
+}
+
+/// The one port whose flows wait for their receiver, and not for the network, far more than the other nodes', and than
+/// they used to.
+fn slow_receiver(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Option<usize> {
+    let limited: Vec<u64> = loads.iter().map(PortLoad::limited_ppm).collect();
+    let at = standing_out_by(loads, &limited, BUSY_PPM / 2, STANDS_OUT)?;
+    let load = &loads[at];
+    let by_receiver = mul_div(load.receiver_limited_ns, PPM, load.busy_ns.max(1)) >= RECEIVER_PPM;
+    let normal = earlier(load, before).map_or(0, PortLoad::limited_ppm);
+    (by_receiver && limited[at] >= normal.saturating_mul(STANDS_OUT)).then_some(at)
 }
 
 /// The one port whose line is far slower than every other node's, and that sends no less of the time than they do.
@@ -211,12 +337,17 @@ fn slower_line(loads: &[PortLoad]) -> Option<usize> {
 
 /// The one load whose value is at least `least` and stands out from every other node's.
 fn standing_out(loads: &[PortLoad], values: &[u64], least: u64) -> Option<usize> {
+    standing_out_by(loads, values, least, STANDS_OUT)
+}
+
+/// The same for another factor.
+fn standing_out_by(loads: &[PortLoad], values: &[u64], least: u64, factor: u64) -> Option<usize> {
     let top = (0..loads.len()).max_by_key(|at| values[*at])?;
     let others = (0..loads.len())
         .filter(|at| loads[*at].node != loads[top].node)
         .map(|at| values[at])
         .max();
-    let alone = others.is_none_or(|other| values[top] >= other.saturating_mul(STANDS_OUT));
+    let alone = others.is_none_or(|other| values[top] >= other.saturating_mul(factor));
     (values[top] >= least && alone && others.is_some()).then_some(top)
 }
 
@@ -314,5 +445,96 @@ mod tests {
         let loads = [load("a", 1, 120_000, 0), load("b", 0, 100_000, 0)];
         assert_eq!(pressure(&loads, None), Pressure::None);
         assert_eq!(pressure(&[], None), Pressure::None);
+    }
+
+    fn sending(node: &str, sent_bytes: u64, retransmits: u64) -> PortLoad {
+        PortLoad {
+            sent_bytes,
+            retransmits,
+            ..load(node, 0, 500_000, 0)
+        }
+    }
+
+    #[test]
+    fn who_sends_again_sends_over_a_lossy_way() {
+        // 1 % of a million segments.
+        let loads = [
+            sending("a", 1_448_000_000, 20),
+            sending("b", 1_448_000_000, 10_000),
+        ];
+        assert_eq!(pressure(&loads, None), Pressure::Lossy(1));
+        let before = [sending("a", 1_448_000_000, 0), sending("b", 1_448_000_000, 5_000)];
+        assert_ne!(
+            pressure(&loads, Some(&before)),
+            Pressure::Lossy(1),
+            "as lossy as ever"
+        );
+        let held = [
+            sending("a", 1_448_000_000, 20),
+            PortLoad {
+                held_windows: 80,
+                ..sending("b", 1_448_000_000, 10_000)
+            },
+        ];
+        assert_eq!(
+            pressure(&held, None),
+            Pressure::Port(1),
+            "its own queue drops them"
+        );
+    }
+
+    #[test]
+    fn a_receiver_that_takes_nothing_is_not_the_network() {
+        let waiting = |node: &str, limited_ppm: u64| PortLoad {
+            receiver_limited_ns: limited_ppm * 1_000,
+            ..load(node, 0, 600_000, 0)
+        };
+        let loads = [waiting("a", 550_000), waiting("b", 20_000)];
+        assert_eq!(pressure(&loads, None), Pressure::Receiver(0));
+        let before = [waiting("a", 400_000), waiting("b", 20_000)];
+        assert_ne!(
+            pressure(&loads, Some(&before)),
+            Pressure::Receiver(0),
+            "as slow as ever"
+        );
+        let both = [waiting("a", 550_000), waiting("b", 500_000)];
+        assert!(!matches!(pressure(&both, None), Pressure::Receiver(_)));
+    }
+
+    #[test]
+    fn the_receiver_is_the_only_process_that_talks_to_the_sender() {
+        let flow = |pid, local: &str, peer: &str, receiver_limited_ns| FlowFacts {
+            pid,
+            local: local.into(),
+            peer: peer.into(),
+            acked_bytes: 1,
+            busy_ns: 900_000_000,
+            receiver_limited_ns,
+            unsent_bytes: 0,
+            retransmits: 0,
+            rtt_us: 50,
+            min_rtt_us: 50,
+            receive_backlog_bytes: 0,
+            window_probes: 0,
+        };
+        let port = |node: &str, flows| PortFacts {
+            node: node.into(),
+            port: "eth0".into(),
+            window: Window::new(0, 1_000_000_000).expect("a window"),
+            realtime_offset_ns: 0,
+            sent_bytes: 1,
+            received_bytes: 1,
+            line_bytes_per_s: Reading::NotMeasured,
+            backlog_bytes: Reading::Value(0),
+            queue_overlimits: Reading::Value(0),
+            flows,
+        };
+        let ports = [
+            port("a", vec![flow(1, "10.0.0.1:5", "10.0.0.2:6", 800_000_000)]),
+            port("b", vec![flow(7, "10.0.0.2:9", "10.0.0.1:8", 0)]),
+        ];
+        let loads = loads(&ports, Window::new(0, 2_000_000_000).expect("a window"));
+        let receiver = loads[0].slowest_receiver().expect("one");
+        assert_eq!((receiver.node.as_str(), receiver.pid), ("b", Some(7)));
     }
 }

@@ -11,6 +11,7 @@ use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};
 use crate::facts::{Activity, GpuHistory, GpuSubject, JobFacts, PPM, StepMethod};
 use crate::leaf::Leaf;
+use crate::links;
 use crate::reading::Reading;
 use crate::time::Window;
 
@@ -35,7 +36,15 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
     let steps = align::align(&ranks);
     let regimes = regimes::find(&steps);
     let skew = blame::skew(&steps, &regimes);
-    let ledgers = ledgers(&steps, &regimes, &skew, &facts.ports, nodes.len());
+    let mut links = links::examine(&facts.hardware, &facts.ports, &subjects);
+    let ledgers = ledgers(
+        &steps,
+        &regimes,
+        &skew,
+        &facts.ports,
+        &links.findings,
+        nodes.len(),
+    );
     let gpus: Vec<GpuSummary> = ranks
         .iter()
         .enumerate()
@@ -56,7 +65,8 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
         total_ns,
         ideal_ns,
     };
-    let verdicts = verdict::judge(&case);
+    let mut verdicts = verdict::judge(&case);
+    verdict::join_findings(&mut verdicts, &mut links.findings, !steps.is_empty());
     let mut gaps = facts.gaps.clone();
     gaps.extend(align::gaps(&ranks, &steps));
     JobAnalysis {
@@ -72,6 +82,7 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
             .map(|ideal| u32::try_from(mul_div(ideal, PPM, total_ns)).unwrap_or(u32::MAX)),
         mfu_declared: ideal_ns.is_some() && declared(&ranks),
         work: super::WorkAccount::default(),
+        links,
         gpus,
     }
 }

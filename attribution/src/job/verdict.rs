@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod costs;
+mod found;
 mod place;
 mod plain;
 mod roof;
@@ -18,6 +19,7 @@ use crate::facts::{GpuHistory, GpuSubject, PPM};
 use crate::leaf::Leaf;
 
 pub(super) use costs::cause_of;
+pub(super) use found::join_findings;
 pub(super) use place::rank_place;
 use words::View;
 
@@ -208,7 +210,7 @@ fn leaf_of(cause: Cause) -> Option<Leaf> {
         Cause::HostSync => Leaf::IdleCpuSync,
         Cause::DeviceThermal | Cause::DevicePowerCap | Cause::KernelClock => Leaf::ComputeClock,
         Cause::DeviceContention => Leaf::ComputeContention,
-        Cause::NetworkNic | Cause::NetworkFabric => Leaf::CommNet,
+        Cause::NetworkNic | Cause::NetworkFabric | Cause::HostReceiver => Leaf::CommNet,
         Cause::JobCheckpoint => Leaf::IdleCkpt,
         _ => return None,
     })

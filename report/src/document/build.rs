@@ -13,8 +13,8 @@ use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
 use super::{
-    Activity, Blame, Document, Evidence, Gap, Gpu, Job, KernelTime, MfuSource, Period, Recovers, Rollup,
-    RuledOut, SCHEMA, Steps, Sweep, Verdict, Where,
+    Activity, Blame, Document, Evidence, Gap, Gpu, Job, KernelTime, Links, MfuSource, Period, Recovers,
+    Rollup, RuledOut, SCHEMA, Steps, Sweep, Verdict, Where,
 };
 use crate::share::{Points, Share};
 
@@ -31,6 +31,7 @@ impl Document {
         Self {
             schema: SCHEMA.to_owned(),
             tier: weakest.map(|tier| tier.name().to_owned()).unwrap_or_default(),
+            links: Links::of_jobs(&analyses),
             jobs: analyses.into_iter().map(Job::from).collect(),
         }
     }

@@ -5,11 +5,13 @@
 
 mod build;
 mod check;
+mod links;
 mod rollup;
 #[cfg(test)]
 mod tests;
 
 pub use check::DocumentError;
+pub use links::{Finding, LinkPath, LinkPort, Links, NotSeen};
 pub use rollup::Rollup;
 
 pub(crate) use build::by_node;
@@ -32,6 +34,9 @@ pub struct Document {
     pub tier: String,
     /// One entry per job.
     pub jobs: Vec<Job>,
+    /// Which GPU reaches the network how, and what the devices told; absent when nothing of that was recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub links: Option<Links>,
 }
 
 /// One job.

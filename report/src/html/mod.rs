@@ -1,5 +1,6 @@
 //! The report as one HTML page: no script, no file beside it, light or dark with the reader's system.
 
+mod links;
 mod tables;
 
 use crate::document::{Document, Job, Verdict};
@@ -30,11 +31,22 @@ pub fn render(document: &Document) -> String {
         &document.schema,
         "</span></header>\n",
     );
-    if document.jobs.is_empty() {
-        page.raw("<p class=\"headline\">No job was recorded.</p>\n");
+    match (document.jobs.as_slice(), &document.links) {
+        ([], None) => {
+            page.raw("<p class=\"headline\">No job was recorded.</p>\n");
+        }
+        ([], Some(_)) => {
+            page.raw(
+                "<p class=\"headline\">No step of a job was recorded; this is what the devices told.</p>\n",
+            );
+        }
+        _ => {}
     }
     for (index, job) in document.jobs.iter().enumerate() {
         page.part(&render_job(job, index as i64));
+    }
+    if let Some(all) = &document.links {
+        links::links(&mut page, all);
     }
     page.raw("</main>\n</body>\n</html>\n");
     page.finish()
@@ -194,8 +206,8 @@ fn card(out: &mut Markup, verdict: &Verdict) {
         out.element("<dt>to confirm</dt><dd>", &verdict.confirm, "</dd>");
     }
     out.raw("</dl>\n");
-    tables::evidence(out, verdict);
-    tables::ruled_out(out, verdict);
+    tables::evidence(out, &verdict.evidence);
+    tables::ruled_out(out, &verdict.ruled_out);
     out.raw("</section>\n");
 }
 

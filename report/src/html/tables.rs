@@ -2,7 +2,7 @@
 
 use stallscope_attribution::leaf::{Class, Leaf};
 
-use crate::document::{Job, Rollup, Verdict};
+use crate::document::{Evidence, Job, Rollup, RuledOut};
 use crate::format::{duration, ppm_percent, tenths};
 use crate::markup::Markup;
 use crate::share::tenths_of_percent;
@@ -12,12 +12,12 @@ use crate::words;
 /// Lines of the table of who caused the waiting.
 const MOST_BLAME: usize = 20;
 
-pub(super) fn evidence(out: &mut Markup, verdict: &Verdict) {
-    if verdict.evidence.is_empty() {
+pub(super) fn evidence(out: &mut Markup, all: &[Evidence]) {
+    if all.is_empty() {
         return;
     }
     out.raw("<table class=\"evidence\"><thead><tr><th>what was measured</th><th>seen</th><th>expected</th></tr></thead><tbody>");
-    for evidence in &verdict.evidence {
+    for evidence in all {
         out.element("<tr><td>", &evidence.what, "</td>");
         out.element("<td class=\"seen\">", &evidence.value, "</td>");
         out.element("<td class=\"q\">", &evidence.expected, "</td></tr>");
@@ -25,12 +25,12 @@ pub(super) fn evidence(out: &mut Markup, verdict: &Verdict) {
     out.raw("</tbody></table>\n");
 }
 
-pub(super) fn ruled_out(out: &mut Markup, verdict: &Verdict) {
-    if verdict.ruled_out.is_empty() {
+pub(super) fn ruled_out(out: &mut Markup, all: &[RuledOut]) {
+    if all.is_empty() {
         return;
     }
     out.raw("<table class=\"evidence\"><thead><tr><th>ruled out</th><th>because</th></tr></thead><tbody>");
-    for ruled_out in &verdict.ruled_out {
+    for ruled_out in all {
         out.element("<tr><td class=\"c\">", &ruled_out.cause, "</td>");
         out.element("<td class=\"q\">", &ruled_out.why, "</td></tr>");
     }

@@ -2,6 +2,7 @@
 
 mod canvas;
 mod leaves;
+mod links;
 mod ranks;
 mod verdict;
 
@@ -26,14 +27,21 @@ pub struct TextOptions {
 #[must_use]
 pub fn render(document: &Document, options: TextOptions) -> String {
     let mut canvas = Canvas::new(options.colour);
-    if document.jobs.is_empty() {
-        canvas.line("stallscope report: no job was recorded");
+    match (document.jobs.as_slice(), &document.links) {
+        ([], None) => canvas.line("stallscope report: no job was recorded"),
+        ([], Some(_)) => {
+            canvas.line("stallscope report: no step of a job was recorded; this is what the devices told")
+        }
+        _ => {}
     }
     for (index, job) in document.jobs.iter().enumerate() {
         if index > 0 {
             canvas.line("");
         }
         render_job(&mut canvas, job);
+    }
+    if let Some(all) = &document.links {
+        links::links(&mut canvas, all);
     }
     canvas.finish()
 }
@@ -247,5 +255,34 @@ mod tests {
     fn a_report_without_jobs_says_so() {
         let text = render(&Document::from_analyses([]), TextOptions::default());
         assert_eq!(text, "stallscope report: no job was recorded\n");
+    }
+
+    #[test]
+    fn links_are_told_with_and_without_a_job() {
+        let document = fixtures::links_alone();
+        let text = render(&document, TextOptions::default());
+        for part in [
+            "no step of a job was recorded",
+            "LINKS AND FAULTS",
+            "network.pcie   degraded, device",
+            "rank 5, node1 GPU 3 0000:17:00.0 -> mlx5_1:1 (same switch, in use) to node0 mlx5_1:1",
+            "where       node1, PCI 0000:18:00.0",
+            "node1: mlx5_0:1: its rate was not measured",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in\n{text}");
+        }
+        assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
+        let read = Document::from_json(&document.to_json().expect("JSON")).expect("a document");
+        assert_eq!(read, document);
+        let page = crate::html::render(&document);
+        assert!(
+            page.contains("same switch, in use") && page.contains("network.pcie"),
+            "{page}"
+        );
+
+        let mut analysis = fixtures::healthy();
+        analysis.links = fixtures::link_report();
+        analysis.links.findings[0].cost = stallscope_attribution::links::FindingCost::NothingMeasured;
+        assert!(self::text(&analysis).contains("SEEN, COSTS NOTHING MEASURED"));
     }
 }

@@ -1,7 +1,7 @@
 //! One verdict: what, where, on what evidence.
 
 use super::canvas::{self, Canvas, Style, fit};
-use crate::document::Verdict;
+use crate::document::{Evidence, RuledOut, Verdict};
 use crate::format::{clean, utc};
 use crate::view;
 use crate::words;
@@ -26,14 +26,8 @@ pub(super) fn verdict(canvas: &mut Canvas, number: usize, verdict: &Verdict) {
     if let Some(onset) = verdict.onset_unix_ns {
         canvas.labelled("since", &utc(onset));
     }
-    evidence(canvas, verdict);
-    for (index, ruled_out) in verdict.ruled_out.iter().enumerate() {
-        let label = if index == 0 { "ruled out" } else { "" };
-        canvas.labelled(
-            label,
-            &format!("{}: {}", clean(&ruled_out.cause), clean(&ruled_out.why)),
-        );
-    }
+    evidence(canvas, &verdict.evidence);
+    ruled_out(canvas, &verdict.ruled_out);
     if !verdict.confirm.is_empty() {
         canvas.labelled("to confirm", &clean(&verdict.confirm));
     }
@@ -42,15 +36,24 @@ pub(super) fn verdict(canvas: &mut Canvas, number: usize, verdict: &Verdict) {
     }
 }
 
+pub(super) fn ruled_out(canvas: &mut Canvas, all: &[RuledOut]) {
+    for (index, ruled_out) in all.iter().enumerate() {
+        let label = if index == 0 { "ruled out" } else { "" };
+        canvas.labelled(
+            label,
+            &format!("{}: {}", clean(&ruled_out.cause), clean(&ruled_out.why)),
+        );
+    }
+}
+
 /// Three columns, each cell wrapped, so that no number is ever cut.
-fn evidence(canvas: &mut Canvas, verdict: &Verdict) {
+pub(super) fn evidence(canvas: &mut Canvas, all: &[Evidence]) {
     const COLUMNS: [usize; 3] = [40, 22, 20];
-    if verdict.evidence.is_empty() {
+    if all.is_empty() {
         return;
     }
     let titles = ["what was measured", "seen", "expected"].map(str::to_owned);
-    let rows = verdict
-        .evidence
+    let rows = all
         .iter()
         .map(|e| [clean(&e.what), clean(&e.value), clean(&e.expected)]);
     for (index, row) in std::iter::once(titles).chain(rows).enumerate() {

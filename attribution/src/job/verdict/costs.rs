@@ -139,7 +139,9 @@ pub(in crate::job) fn cause_of(leaf: Leaf, rank: &RankLedger, pressure: Pressure
         Leaf::ComputeKernel if rank.faults > 0 => Cause::DeviceFault,
         Leaf::ComputeKernel => Cause::JobImbalance,
         Leaf::CommNet => match pressure {
-            Pressure::Fabric => Cause::NetworkFabric,
+            Pressure::Fabric | Pressure::Lossy(_) => Cause::NetworkFabric,
+            Pressure::Receiver(_) => Cause::HostReceiver,
+            Pressure::Link(cause) => cause,
             Pressure::Nvlink => Cause::NetworkNvlink,
             Pressure::Config => Cause::NetworkConfig,
             Pressure::Port(_) | Pressure::None => Cause::NetworkNic,

@@ -74,6 +74,40 @@ fn near_largest(values: &[u64], percent: u64) -> Vec<usize> {
 /// The place the hit ranks share.
 pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledger: &Ledger) -> Place {
     match (cause, ledger.pressure) {
+        (_, Pressure::Link(of)) if of == cause => {
+            return ledger
+                .link
+                .as_ref()
+                .map_or_else(Place::default, |link| link.place.clone());
+        }
+        (Cause::NetworkFabric, Pressure::Lossy(at)) => {
+            let port = &ledger.ports[at];
+            let mut others = ledger.ports.iter().filter(|other| other.node != port.node);
+            let only = others.next().filter(|_| others.next().is_none());
+            let to = only.map_or_else(
+                || "its peers".to_owned(),
+                |other| format!("{} {}", other.node, other.port),
+            );
+            return Place {
+                node: Some(port.node.clone()),
+                nic_port: Some(port.port.clone()),
+                link: Some(format!("{} {} -> {to}", port.node, port.port)),
+                ..Place::default()
+            };
+        }
+        (Cause::HostReceiver, Pressure::Receiver(at)) => {
+            let Some(receiver) = ledger.ports[at].slowest_receiver() else {
+                return Place::default();
+            };
+            let subject = subjects
+                .iter()
+                .find(|subject| subject.node == receiver.node && Some(subject.pid) == receiver.pid);
+            let node = || Place {
+                node: Some(receiver.node.clone()),
+                ..Place::default()
+            };
+            return subject.map_or_else(node, |subject| rank_place(subject));
+        }
         (Cause::NetworkNic, Pressure::Port(at)) => {
             let port = &ledger.ports[at];
             return Place {

@@ -49,6 +49,7 @@ fn least_ppm(candidate: &Candidate, ledger: &Ledger) -> u64 {
                 | Cause::JobImbalance
                 | Cause::NetworkNic
                 | Cause::NetworkFabric
+                | Cause::HostReceiver
                 | Cause::DataCopy
         )
         || cause == Cause::HostCpu && throttled(ledger);
@@ -69,6 +70,9 @@ fn usual_ppm(cause: Cause, ledger: &Ledger, compared: bool, widespread: bool) ->
         Cause::DevicePowerCap if !widespread => 20_000,
         Cause::HostCpu if throttled(ledger) => 50_000,
         Cause::HostGc | Cause::HostAlloc | Cause::NetworkNic => 60_000,
+        // Lost packets and what devices say are facts.
+        Cause::NetworkFabric if matches!(ledger.pressure, Pressure::Lossy(_) | Pressure::Link(_)) => 60_000,
+        Cause::NetworkPcie | Cause::HostReceiver => 60_000,
         Cause::DevicePowerCap => 70_000,
         Cause::DataLoader | Cause::DataStorage if compared => 70_000,
         Cause::DataLoader | Cause::DataStorage => 100_000,
@@ -258,8 +262,8 @@ pub(super) fn is_persistent(rank: &RankLedger, ledger: &Ledger) -> bool {
 pub(super) fn follows(cause: Cause, cost: Cause) -> bool {
     use Cause::{
         DataLoader, DataStorage, DeviceContention, DevicePowerCap, DeviceThermal, HostCpu, HostLaunch,
-        HostSync, JobCheckpoint, JobImbalance, KernelClock, NetworkConfig, NetworkFabric, NetworkNic,
-        NetworkNvlink,
+        HostReceiver, HostSync, JobCheckpoint, JobImbalance, KernelClock, NetworkConfig, NetworkFabric,
+        NetworkNic, NetworkNvlink, NetworkPcie,
     };
     let effects: &[Cause] = match cause {
         DataLoader => &[
@@ -277,6 +281,7 @@ pub(super) fn follows(cause: Cause, cost: Cause) -> bool {
             HostSync,
             JobImbalance,
             NetworkFabric,
+            HostReceiver,
         ],
         HostCpu => &[
             DataLoader,
@@ -286,15 +291,30 @@ pub(super) fn follows(cause: Cause, cost: Cause) -> bool {
             JobImbalance,
             NetworkFabric,
             NetworkNic,
+            HostReceiver,
         ],
-        HostLaunch => &[HostCpu, DataLoader, HostSync, JobImbalance, NetworkFabric],
-        NetworkNic | NetworkFabric | NetworkNvlink | NetworkConfig => {
+        HostLaunch => &[
+            HostCpu,
+            DataLoader,
+            HostSync,
+            JobImbalance,
+            NetworkFabric,
+            HostReceiver,
+        ],
+        NetworkNic | NetworkFabric | NetworkNvlink | NetworkPcie | NetworkConfig | HostReceiver => {
             &[HostCpu, HostLaunch, HostSync, JobImbalance]
         }
         DeviceThermal => &[DevicePowerCap, KernelClock, JobImbalance],
         DevicePowerCap => &[KernelClock, JobImbalance],
         DeviceContention => &[DevicePowerCap, KernelClock, JobImbalance, HostCpu, HostLaunch],
-        JobCheckpoint => &[DataStorage, DataLoader, HostCpu, JobImbalance, NetworkFabric],
+        JobCheckpoint => &[
+            DataStorage,
+            DataLoader,
+            HostCpu,
+            JobImbalance,
+            NetworkFabric,
+            HostReceiver,
+        ],
         _ => &[JobImbalance],
     };
     effects.contains(&cost)

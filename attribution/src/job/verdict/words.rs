@@ -110,7 +110,11 @@ pub(super) fn seen(view: &View<'_>) -> (Vec<Evidence>, usize) {
         Cause::HostCpu => cpu(view, &mut seen),
         Cause::DeviceThermal | Cause::DevicePowerCap | Cause::KernelClock => clock(view, &mut seen),
         Cause::DeviceContention => contention(view, &mut seen),
-        Cause::NetworkNic | Cause::NetworkFabric | Cause::NetworkConfig => network(view, &mut seen),
+        Cause::NetworkNic
+        | Cause::NetworkFabric
+        | Cause::NetworkPcie
+        | Cause::NetworkConfig
+        | Cause::HostReceiver => network(view, &mut seen),
         Cause::NetworkNvlink | Cause::DevicePcie | Cause::DeviceFault => links(view, &mut seen),
         Cause::HostGc => one(
             &mut seen,
@@ -327,12 +331,14 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
         seen.push(evidence(
             format!("{} {}", port.node, port.port),
             format!(
-                "queue held packets back in {} of windows, backlog up to {} KiB, unsent up to {} KiB, {} retransmits, \
-                 {} MB/s{line} sent",
+                "queue held packets back in {} of windows, backlog up to {} KiB, unsent up to {} KiB, {} retransmits \
+                 ({} of segments), receiver took nothing for {}, {} MB/s{line} sent",
                 percent(port.held_ppm()),
                 port.backlog_bytes / 1024,
                 port.unsent_bytes / 1024,
                 port.retransmits,
+                percent(port.lost_ppm()),
+                percent(port.limited_ppm()),
                 port.sent_bytes_per_s() / 1_000_000,
             ),
             expected.into(),
@@ -422,6 +428,7 @@ pub(super) fn confirm(cause: Cause, place: &Place, pid: Option<u32>) -> String {
             let port = place.nic_port.as_deref().unwrap_or("PORT");
             format!("on {node}: tc -s qdisc show dev {port}; ethtool {port} (backlog, overlimits and the negotiated speed)")
         }
+        Cause::NetworkFabric if place.node.is_some() => format!("on {node}: nstat -az TcpRetransSegs (RDMA: rdma statistic show) twice, and the error and drop counters of the switch port it is cabled to; swap the cable"),
         Cause::NetworkFabric => "between two nodes of the job, outside it: iperf3 -c NODE -P 4 -t 10, both ways".into(),
         Cause::DataLoader => {
             "double the number of loader workers (or halve the decoding work) for 100 steps: the step must get shorter".into()
@@ -447,6 +454,8 @@ pub(super) fn confirm(cause: Cause, place: &Place, pid: Option<u32>) -> String {
         Cause::JobCheckpoint => "write the next two checkpoints asynchronously or to local disk: the pause must shrink".into(),
         Cause::NetworkNvlink => format!("on {node}: nvidia-smi nvlink -s; nvidia-smi nvlink -e (links that are inactive, error counters that grow)"),
         Cause::NetworkConfig => "compare NCCL_ALGO, NCCL_PROTO and NCCL_TOPO_FILE with the run before, and run all_reduce_perf with NCCL_DEBUG=INFO at the job's sizes".into(),
+        Cause::NetworkPcie => format!("on {node}: lspci -vv of the interface (LnkSta against LnkCap, also of the slot above) under load; reseat it"),
+        Cause::HostReceiver => format!("on {node}: ss -tmi of process {pid} (a receive queue that stays full), and perf top -p {pid}: what keeps its communication thread"),
         Cause::DevicePcie => format!("on {node}: nvidia-smi -q{gpu} under load (PCIe generation and link width, current against max); reseat the device"),
         Cause::DeviceFault => format!("on {node}: dmesg | grep -i xid; nvidia-smi -q{gpu} -d ECC,ROW_REMAPPER,PAGE_RETIREMENT; drain the node before the next job"),
         Cause::KernelLowTensor => "profile one step (torch.profiler with record_shapes): look for small or odd GEMM shapes, FP32 math and unfused element-wise chains".into(),
