@@ -17,6 +17,7 @@ pub mod setup;
 pub mod shell;
 pub mod testing;
 pub mod truth;
+pub mod vm;
 
 /// What a task prints on standard output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::paths::Paths;
-use xtask::{bench, bpf, ci, cost, demo, package, scenario, setup, testing, truth};
+use xtask::{bench, bpf, ci, cost, demo, package, scenario, setup, testing, truth, vm};
 
 /// Tasks around stallscope
 #[derive(Debug, Parser)]
@@ -45,6 +45,8 @@ enum Task {
     Truth(truth::Args),
     /// Measure how fast the product works off what it is given
     Bench(bench::Args),
+    /// Watch two virtual machines with a stock kernel, RDMA between them and PCIe errors in them
+    Vm(vm::Args),
     /// Run every test, privileged ones included
     Test(testing::Args),
     /// Run the gates, then every test
@@ -87,6 +89,7 @@ fn run(task: Task) -> Result<()> {
         Task::Cost(args) => cost::run(&paths, &args),
         Task::Truth(args) => truth::run(&paths, &args),
         Task::Bench(args) => bench::run(&paths, &args),
+        Task::Vm(args) => vm::run(&paths, &args),
         Task::Test(args) => testing::run(&paths, args),
         Task::Ci => ci::run(&paths),
         Task::Package { test } => make_packages(&paths, test),

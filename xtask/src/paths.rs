@@ -53,6 +53,12 @@ impl Paths {
         self.cache.join("wheels")
     }
 
+    /// Where the kernel for virtual machines lies.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
+        self.cache.join("kernel")
+    }
+
     /// The BPF object as `build-bpf` leaves it.
     #[must_use]
     pub fn bpf_object(&self) -> PathBuf {

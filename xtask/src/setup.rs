@@ -1,12 +1,14 @@
 //! Installs what build and tests need; a second run finds everything there and changes nothing.
 
 mod apt;
+mod kernel;
 mod lab;
 mod mounts;
 mod tools;
 mod venv;
 mod wheels;
 
+pub use kernel::{Kernel, stock_kernel};
 pub use venv::python;
 pub use wheels::{nccl_libraries, nccl_library};
 
@@ -36,6 +38,7 @@ struct Missing {
     components: Vec<&'static str>,
     tools: Vec<&'static tools::Tool>,
     wheels: Vec<&'static wheels::Wheel>,
+    kernel: bool,
     venv: bool,
     mounts: Vec<&'static mounts::Mount>,
 }
@@ -47,6 +50,7 @@ impl Missing {
             components: missing_components(scope),
             tools: tools::missing(paths, scope),
             wheels: wheels::missing(paths, scope),
+            kernel: kernel::is_missing(paths, scope),
             venv: venv::is_missing(paths, scope),
             mounts: mounts::missing()?,
         })
@@ -57,6 +61,7 @@ impl Missing {
             && self.components.is_empty()
             && self.tools.is_empty()
             && self.wheels.is_empty()
+            && !self.kernel
             && !self.venv
             && self.mounts.is_empty()
     }
@@ -73,6 +78,7 @@ impl Missing {
         }
         lines.extend(self.tools.iter().map(|tool| tool.command_line(paths)));
         lines.extend(self.wheels.iter().map(|wheel| wheel.command_line(paths)));
+        lines.extend(self.kernel.then(|| kernel::command_line(paths)));
         lines.extend(self.venv.then(|| venv::command_line(paths)));
         lines.extend(self.mounts.iter().map(|mount| shell::line(&mount.command())));
         lines
@@ -93,6 +99,9 @@ impl Missing {
         }
         for wheel in &self.wheels {
             wheel.fetch(paths)?;
+        }
+        if self.kernel {
+            kernel::install(paths)?;
         }
         if self.venv {
             venv::install(paths)?;

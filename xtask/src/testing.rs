@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 
 use crate::build::Programs;
 use crate::paths::Paths;
-use crate::{build, demo, lab, package, scenario, setup};
+use crate::{build, demo, lab, package, scenario, setup, vm};
 use tally::Tally;
 
 /// Faults that `--quick` runs: one without a fault, one of a device, one of a host.
@@ -41,9 +41,14 @@ pub fn run(paths: &Paths, args: Args) -> Result<()> {
     cargo_test::run(paths, &programs, privileged, &mut tally)?;
     if privileged {
         scenarios(paths, &programs, args.quick, &mut tally)?;
+        machines(paths, &programs, &mut tally)?;
         packages(paths, &mut tally);
     } else {
         tally.skip("scenarios", "network namespaces and BPF need root");
+        tally.skip(
+            "virtual machines",
+            "they run the host's files, which root can read",
+        );
         tally.skip("package installation", "chroot needs root");
     }
     finish(&tally, args.unprivileged)
@@ -100,6 +105,23 @@ fn verdict(outcome: &scenario::Outcome) -> Result<String, String> {
     } else {
         Err(text)
     }
+}
+
+fn machines(paths: &Paths, programs: &Programs, tally: &mut Tally) -> Result<()> {
+    if !cfg!(target_arch = "x86_64") {
+        tally.skip("virtual machines", "their kernel is for x86-64");
+        return Ok(());
+    }
+    lab::interrupt::check()?;
+    match vm::check(paths, programs, &[]) {
+        Ok(checked) => {
+            for check in checked {
+                tally.record(&format!("vm {}", check.name), check.result);
+            }
+        }
+        Err(error) => tally.record("vm", Err(format!("{error:#}"))),
+    }
+    lab::interrupt::check()
 }
 
 fn packages(paths: &Paths, tally: &mut Tally) {

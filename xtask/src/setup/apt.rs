@@ -36,6 +36,12 @@ const PACKAGES: &[(&str, Scope)] = &[
     ("libibverbs-dev", Scope::All),
     ("liblzma-dev", Scope::All),
     ("git", Scope::All),
+    ("qemu-system-x86", Scope::All),
+    ("busybox-static", Scope::All),
+    ("kmod", Scope::All),
+    ("perftest", Scope::All),
+    ("rdma-core", Scope::All),
+    ("ibverbs-providers", Scope::All),
 ];
 
 /// Packages that only Debian's security suite carries in the version that is needed.

@@ -1,11 +1,14 @@
 //! Calls a real NCCL with arguments that a test can recognise.
 //!
 //! `nccl_caller LIBRARY` prints `ready`, then obeys one word of input per step and answers with one line: the addresses and
-//! numbers that the probes must find. There is no GPU, so calls fail; none may crash, but the one that is meant to.
+//! numbers that the probes must find. `nccl_caller LIBRARY serve|send ADDRESS COUNT SIZE` moves messages through the
+//! library's InfiniBand transport instead and says how much that was. There is no GPU, so calls fail; none may crash, but
+//! the one that is meant to.
 
 mod calls;
 mod image;
 mod made_up_gpu;
+mod net;
 mod plugin;
 mod waits;
 
@@ -41,6 +44,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let image = Image::load(path.as_ref())?;
     let mut say = |text: &str| writeln!(answers, "{text}");
+    let words: Vec<String> = std::env::args().skip(2).collect();
+    if !words.is_empty() {
+        return Ok(say(&net::run(&image, &words)?)?);
+    }
     say("ready")?;
     let mut line = String::new();
     while io::stdin().lock().read_line(&mut line)? != 0 {
