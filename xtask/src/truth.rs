@@ -43,8 +43,9 @@ of GPU time (points of MFU): its mean over the leaves of a job and the worst lea
 counted in the residual of their class. *Cost error* is that of the first verdict's cost. At the masked dose nothing \
 needs to be said; it must not be wrong.
 
-Scenarios 2, 9 and 14 rest on the state of links and on faults of the device, which the agent does not read from the \
-driver yet: on live nodes they are not named. Several communicators per rank and more than one job shape are not in the \
+Scenarios 2, 9 and 14 rest on what the driver tells of links and faults. The agent reads it; that it does is proven \
+against stand-ins of the driver's library only, not on live jobs. \
+Several communicators per rank and more than one job shape are not in the \
 matrix; blame through tensor, pipeline, data and expert parallelism has its own generated jobs among the tests of the \
 attribution.
 ";
