@@ -74,7 +74,7 @@ fn verbs_qp_made(ctx: RetProbeContext) -> u32 {
         let qp: u64 = ctx.ret();
         if qp != 0 {
             // An older one of this address went unseen: its program was replaced.
-            tell_gone(task, key(task, qp));
+            tell_gone(task, qp);
             make(task, qp);
         }
     }
@@ -112,7 +112,7 @@ fn verbs_qp_changed(ctx: ProbeContext) -> u32 {
 #[uprobe]
 fn verbs_qp_gone(ctx: ProbeContext) -> u32 {
     if let Some(task) = traced() {
-        tell_gone(task, key(task, register_argument::<0>(&ctx)));
+        tell_gone(task, register_argument::<0>(&ctx));
     }
     0
 }
@@ -432,8 +432,10 @@ fn add(counter: &u64, count: u64) {
 }
 
 /// Tells the last of a queue pair and forgets it.
-#[inline(always)]
-fn tell_gone(task: Task, key: QpKey) {
+// Not inlined: older kernels count the stack of a caller and of what it calls together, 512 bytes at most.
+#[inline(never)]
+fn tell_gone(task: Task, qp: u64) {
+    let key = key(task, qp);
     if let Some(last) = VERBS_QPS.get_ptr(key) {
         let gone = QpGone {
             head: now(Kind::QpGone, task),
