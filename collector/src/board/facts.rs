@@ -67,11 +67,11 @@ impl Board {
             },
             gpus,
             ports: nodes()
-                .flat_map(|(_, node)| node.ports_since(since_ns))
+                .flat_map(|(_, node)| node.ports.since(since_ns))
                 .cloned()
                 .collect(),
             hardware: nodes()
-                .flat_map(|(_, node)| node.hardware_since(since_ns))
+                .flat_map(|(_, node)| node.hardware.since(since_ns))
                 .cloned()
                 .collect(),
             gaps,

@@ -8,6 +8,7 @@ mod job;
 mod node;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 pub use node::Absence;
 
@@ -138,7 +139,7 @@ impl Board {
                     &node_name,
                     realtime(port.window.end_ns(), port.realtime_offset_ns),
                 );
-                node.add_port(port, self.limits.window_ns);
+                node.ports.add(port, self.limits.window_ns);
                 Ok(())
             }
             Payload::Hardware(hardware) => {
@@ -146,7 +147,7 @@ impl Board {
                     &node_name,
                     realtime(hardware.window.end_ns(), hardware.realtime_offset_ns),
                 );
-                node.add_hardware(hardware, self.limits.window_ns);
+                node.hardware.add(hardware, self.limits.window_ns);
                 Ok(())
             }
             Payload::Gap(gap) => {

@@ -7,7 +7,7 @@ use stallscope_attribution::time::Window;
 use stallscope_proto::convert::{KnownSubjects, SubjectEntry, WireError};
 use stallscope_proto::v1;
 
-use super::realtime;
+use super::windows::Windows;
 
 /// Boots of one node that are told apart; a message of one forgotten would be stored again.
 const MAX_BOOTS: usize = 64;
@@ -43,8 +43,8 @@ pub(super) struct Boot {
 pub(super) struct Node {
     /// In order of their first message.
     boots: Vec<Boot>,
-    pub(super) ports: VecDeque<PortFacts>,
-    pub(super) hardware: VecDeque<HardwareFacts>,
+    pub(super) ports: Windows<PortFacts, MAX_PORT_WINDOWS>,
+    pub(super) hardware: Windows<HardwareFacts, MAX_HARDWARE_WINDOWS>,
     pub(super) gaps: VecDeque<RecordGap>,
     forgotten_gaps: u64,
     /// When it last said anything, `CLOCK_REALTIME` of the collector.
@@ -186,40 +186,6 @@ impl Node {
             );
         }
         all
-    }
-
-    pub(super) fn add_port(&mut self, port: PortFacts, window_ns: u64) {
-        let end_ns = |port: &PortFacts| realtime(port.window.end_ns(), port.realtime_offset_ns);
-        let keep_ns = end_ns(&port).saturating_sub(window_ns);
-        self.ports.push_back(port);
-        while self.ports.len() > MAX_PORT_WINDOWS
-            || self.ports.front().is_some_and(|port| end_ns(port) < keep_ns)
-        {
-            self.ports.pop_front();
-        }
-    }
-
-    pub(super) fn ports_since(&self, since_ns: u64) -> impl Iterator<Item = &PortFacts> {
-        let end_ns = |port: &PortFacts| realtime(port.window.end_ns(), port.realtime_offset_ns);
-        self.ports.iter().filter(move |port| end_ns(port) > since_ns)
-    }
-
-    /// What devices told is kept like the windows of ports.
-    pub(super) fn add_hardware(&mut self, facts: HardwareFacts, window_ns: u64) {
-        let end_ns = |facts: &HardwareFacts| realtime(facts.window.end_ns(), facts.realtime_offset_ns);
-        let keep_ns = end_ns(&facts).saturating_sub(window_ns);
-        self.hardware.push_back(facts);
-        while self.hardware.len() > MAX_HARDWARE_WINDOWS
-            || self.hardware.front().is_some_and(|facts| end_ns(facts) < keep_ns)
-        {
-            self.hardware.pop_front();
-        }
-    }
-
-    /// What devices told that ended after a time.
-    pub(super) fn hardware_since(&self, since_ns: u64) -> impl Iterator<Item = &HardwareFacts> {
-        let end_ns = |facts: &HardwareFacts| realtime(facts.window.end_ns(), facts.realtime_offset_ns);
-        self.hardware.iter().filter(move |facts| end_ns(facts) > since_ns)
     }
 
     pub(super) fn connected(&mut self, now_ns: u64) {
