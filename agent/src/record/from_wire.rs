@@ -1,6 +1,5 @@
 //! Messages to observations. A message that is not one is refused with the field that is wrong.
 
-use stallscope_attribution::facts::LinkFacts;
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 use stallscope_proto::convert::WireError;
@@ -248,7 +247,7 @@ fn gpu(wire: v1::GpuReading) -> Result<GpuReading, WireError> {
         memory_used_bytes: uint("gpu.memory_used_bytes", wire.memory_used_bytes)?,
         process_sm_ppm: shares(wire.process_sm_ppm)?,
         processes: pids(wire.processes)?,
-        links: links(wire.links)?,
+        links: v1::LinkReading::into_reading("gpu.links", wire.links)?,
     })
 }
 
@@ -270,22 +269,6 @@ fn uint<T: TryFrom<u64>>(
         Some(State::Unsupported(_)) => Ok(Reading::Unsupported),
         Some(State::Failed(why)) => Ok(Reading::Failed(why)),
         None => Err(WireError::Unknown { field, value: 0 }),
-    }
-}
-
-fn links(wire: Option<v1::LinkReading>) -> Result<Reading<LinkFacts>, WireError> {
-    use v1::link_reading::State;
-    let Some(wire) = wire else {
-        return Ok(Reading::NotMeasured);
-    };
-    match wire.state {
-        Some(State::Value(value)) => Ok(Reading::Value(value.into())),
-        Some(State::Unsupported(_)) => Ok(Reading::Unsupported),
-        Some(State::Failed(why)) => Ok(Reading::Failed(why)),
-        None => Err(WireError::Unknown {
-            field: "gpu.links",
-            value: 0,
-        }),
     }
 }
 

@@ -1,6 +1,5 @@
 //! Observations to messages; never fails.
 
-use stallscope_attribution::facts::LinkFacts;
 use stallscope_attribution::reading::Reading;
 use stallscope_proto::v1;
 use stallscope_proto::v1::observation::Fact as Wire;
@@ -256,7 +255,7 @@ fn gpu(reading: &GpuReading) -> v1::GpuReading {
         memory_used_bytes: uint(&reading.memory_used_bytes),
         process_sm_ppm: shares(&reading.process_sm_ppm),
         processes: pids(&reading.processes),
-        links: links(&reading.links),
+        links: v1::LinkReading::of(&reading.links),
     }
 }
 
@@ -269,17 +268,6 @@ fn uint<T: Copy + Into<u64>>(reading: &Reading<T>) -> Option<v1::UintReading> {
         Reading::Failed(why) => State::Failed(why.clone()),
     };
     Some(v1::UintReading { state: Some(state) })
-}
-
-fn links(reading: &Reading<LinkFacts>) -> Option<v1::LinkReading> {
-    use v1::link_reading::State;
-    let state = match reading {
-        Reading::NotMeasured => return None,
-        Reading::Value(value) => State::Value((*value).into()),
-        Reading::Unsupported => State::Unsupported(v1::Unsupported {}),
-        Reading::Failed(why) => State::Failed(why.clone()),
-    };
-    Some(v1::LinkReading { state: Some(state) })
 }
 
 fn shares(reading: &Reading<Vec<(u32, u32)>>) -> Option<v1::ProcessSharesReading> {

@@ -48,6 +48,22 @@ reading_message!(ForeignReading, foreign_reading, ForeignLoad);
 reading_message!(LinkReading, link_reading, LinkFacts);
 reading_message!(PciLinkReading, pci_link_reading, PciLink);
 
+impl v1::LinkReading {
+    /// The message of a reading; none when nobody tried.
+    #[must_use]
+    pub fn of(reading: &Reading<LinkFacts>) -> Option<Self> {
+        link_reading::to_wire(reading)
+    }
+
+    /// The reading in the message of a field.
+    ///
+    /// # Errors
+    /// When the message is no reading.
+    pub fn into_reading(field: &'static str, wire: Option<Self>) -> Result<Reading<LinkFacts>, WireError> {
+        link_reading::from_wire(field, wire)
+    }
+}
+
 impl From<Activity> for v1::Activity {
     fn from(activity: Activity) -> Self {
         let Activity {
