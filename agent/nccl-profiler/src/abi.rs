@@ -125,8 +125,15 @@ struct CopyBatch {
     bytes: usize,
 }
 
+/// A version's descriptor: its size, the kinds it has (those below an end), the fields of its union, and what each kind tells
+/// beside network operations and their steps, which every version has alike.
 macro_rules! descriptor {
-    ($(#[$meta:meta])* $name:ident, $union:ident, $type:ty, $bytes:literal { $($field:ident: $of:ty,)* }) => {
+    (
+        $(#[$meta:meta])*
+        $name:ident, $union:ident, $type:ty, $bytes:literal, $end:expr,
+        { $($field:ident: $of:ty,)* }
+        |$event:ident, $own:ident| { $($kind:pat => $read:expr,)* }
+    ) => {
         $(#[$meta])*
         #[repr(C)]
         pub(crate) struct $name {
@@ -149,21 +156,45 @@ macro_rules! descriptor {
                 && std::mem::offset_of!($name, rank) == 16
                 && std::mem::offset_of!($name, of) == 24
         );
+
+        impl Descriptor for $name {
+            unsafe fn read(&self) -> Option<Start> {
+                let mut event = head(self.kind.into(), $end, self.parent, self.rank)?;
+                let ($event, $own) = (&mut event, &self.of);
+                let mut pid = None;
+                // SAFETY: the kind tells which field is set.
+                unsafe {
+                    match $event.kind {
+                        kind::PROXY_OP => pid = Some(proxy_op($event, $own.proxy_op)),
+                        kind::PROXY_STEP => proxy_step($event, $own.proxy_step),
+                        $($kind => $read,)*
+                        _ => {}
+                    }
+                }
+                Some(Start { event, pid })
+            }
+        }
     };
 }
 
 descriptor!(
     /// `ncclProfilerEventDescr_v2_t`
-    Descriptor2, Union2, u8, 128 {
+    Descriptor2, Union2, u8, 128, kind::PROXY_CTRL + 1,
+    {
         coll: NamedColl,
         p2p: NamedP2p,
         proxy_op: ProxyOp,
         proxy_step: ProxyStep,
     }
+    |event, own| {
+        kind::COLL => named_coll(event, own.coll),
+        kind::P2P => named_p2p(event, own.p2p),
+    }
 );
 descriptor!(
     /// `ncclProfilerEventDescr_v3_t`
-    Descriptor3, Union3, u8, 120 {
+    Descriptor3, Union3, u8, 120, kind::NET_PLUGIN + 1,
+    {
         coll: NamedColl,
         p2p: NamedP2p,
         proxy_op: ProxyOp,
@@ -171,10 +202,17 @@ descriptor!(
         kernel_channel: KernelChannel3,
         net_plugin: NetPlugin,
     }
+    |event, own| {
+        kind::COLL => named_coll(event, own.coll),
+        kind::P2P => named_p2p(event, own.p2p),
+        kind::KERNEL_CHANNEL => event.channel = own.kernel_channel.channel,
+        kind::NET_PLUGIN => net_plugin(event, own.net_plugin),
+    }
 );
 descriptor!(
     /// `ncclProfilerEventDescr_v4_t`
-    Descriptor4, Union4, u8, 104 {
+    Descriptor4, Union4, u8, 104, kind::NET_PLUGIN + 1,
+    {
         coll: Coll,
         p2p: P2p,
         proxy_op: ProxyOp,
@@ -182,10 +220,17 @@ descriptor!(
         kernel_channel: KernelChannel,
         net_plugin: NetPlugin,
     }
+    |event, own| {
+        kind::COLL => coll(event, own.coll),
+        kind::P2P => p2p(event, own.p2p),
+        kind::KERNEL_CHANNEL => kernel_channel(event, own.kernel_channel),
+        kind::NET_PLUGIN => net_plugin(event, own.net_plugin),
+    }
 );
 descriptor!(
     /// `ncclProfilerEventDescr_v5_t`
-    Descriptor5, Union5, u64, 112 {
+    Descriptor5, Union5, u64, 112, KERNEL_LAUNCH + 1,
+    {
         coll: Coll,
         p2p: P2p,
         api: Api,
@@ -194,10 +239,18 @@ descriptor!(
         kernel_channel: KernelChannel,
         net_plugin: NetPlugin,
     }
+    |event, own| {
+        kind::COLL => coll(event, own.coll),
+        kind::P2P => p2p(event, own.p2p),
+        COLL_API | P2P_API => api(event, own.api),
+        kind::KERNEL_CHANNEL => kernel_channel(event, own.kernel_channel),
+        kind::NET_PLUGIN => net_plugin(event, own.net_plugin),
+    }
 );
 descriptor!(
     /// `ncclProfilerEventDescr_v6_t`
-    Descriptor6, Union6, u64, 112 {
+    Descriptor6, Union6, u64, 112, kind::END,
+    {
         coll: Coll,
         p2p: P2p,
         api: Api,
@@ -207,16 +260,21 @@ descriptor!(
         net_plugin: NetPlugin,
         batch: CopyBatch,
     }
+    |event, own| {
+        kind::COLL | COPY_COLL => coll(event, own.coll),
+        kind::P2P => p2p(event, own.p2p),
+        COLL_API | P2P_API => api(event, own.api),
+        kind::KERNEL_CHANNEL => kernel_channel(event, own.kernel_channel),
+        kind::NET_PLUGIN => net_plugin(event, own.net_plugin),
+        COPY_BATCH => copy_batch(event, own.batch),
+    }
 );
 
 /// Kinds from version 5 on.
-const GROUP: u8 = 0;
-const GROUP_API: u8 = 8;
 const COLL_API: u8 = 9;
 const P2P_API: u8 = 10;
 const KERNEL_LAUNCH: u8 = 11;
 const COPY_COLL: u8 = 12;
-const COPY_SYNC: u8 = 13;
 const COPY_BATCH: u8 = 14;
 
 fn named_coll(event: &mut Event, coll: NamedColl) {
@@ -277,114 +335,14 @@ fn head(kind: u64, end: u8, parent: *mut c_void, rank: c_int) -> Option<Event> {
     })
 }
 
-impl Descriptor for Descriptor2 {
-    unsafe fn read(&self) -> Option<Start> {
-        let mut event = head(self.kind.into(), kind::PROXY_CTRL + 1, self.parent, self.rank)?;
-        let mut pid = None;
-        // SAFETY: the kind tells which field is set.
-        unsafe {
-            match event.kind {
-                kind::COLL => named_coll(&mut event, self.of.coll),
-                kind::P2P => named_p2p(&mut event, self.of.p2p),
-                kind::PROXY_OP => pid = Some(proxy_op(&mut event, self.of.proxy_op)),
-                kind::PROXY_STEP => proxy_step(&mut event, self.of.proxy_step),
-                _ => {}
-            }
-        }
-        Some(Start { event, pid })
-    }
-}
-
-impl Descriptor for Descriptor3 {
-    unsafe fn read(&self) -> Option<Start> {
-        let mut event = head(self.kind.into(), kind::NET_PLUGIN + 1, self.parent, self.rank)?;
-        let mut pid = None;
-        // SAFETY: the kind tells which field is set.
-        unsafe {
-            match event.kind {
-                kind::COLL => named_coll(&mut event, self.of.coll),
-                kind::P2P => named_p2p(&mut event, self.of.p2p),
-                kind::PROXY_OP => pid = Some(proxy_op(&mut event, self.of.proxy_op)),
-                kind::PROXY_STEP => proxy_step(&mut event, self.of.proxy_step),
-                kind::KERNEL_CHANNEL => event.channel = self.of.kernel_channel.channel,
-                kind::NET_PLUGIN => net_plugin(&mut event, self.of.net_plugin),
-                _ => {}
-            }
-        }
-        Some(Start { event, pid })
-    }
-}
-
-impl Descriptor for Descriptor4 {
-    unsafe fn read(&self) -> Option<Start> {
-        let mut event = head(self.kind.into(), kind::NET_PLUGIN + 1, self.parent, self.rank)?;
-        let mut pid = None;
-        // SAFETY: the kind tells which field is set.
-        unsafe {
-            match event.kind {
-                kind::COLL => coll(&mut event, self.of.coll),
-                kind::P2P => p2p(&mut event, self.of.p2p),
-                kind::PROXY_OP => pid = Some(proxy_op(&mut event, self.of.proxy_op)),
-                kind::PROXY_STEP => proxy_step(&mut event, self.of.proxy_step),
-                kind::KERNEL_CHANNEL => kernel_channel(&mut event, self.of.kernel_channel),
-                kind::NET_PLUGIN => net_plugin(&mut event, self.of.net_plugin),
-                _ => {}
-            }
-        }
-        Some(Start { event, pid })
-    }
-}
-
-impl Descriptor for Descriptor5 {
-    unsafe fn read(&self) -> Option<Start> {
-        let mut event = head(self.kind, KERNEL_LAUNCH + 1, self.parent, self.rank)?;
-        let mut pid = None;
-        // SAFETY: the kind tells which field is set.
-        unsafe {
-            match event.kind {
-                kind::COLL => coll(&mut event, self.of.coll),
-                kind::P2P => p2p(&mut event, self.of.p2p),
-                COLL_API | P2P_API => api(&mut event, self.of.api),
-                kind::PROXY_OP => pid = Some(proxy_op(&mut event, self.of.proxy_op)),
-                kind::PROXY_STEP => proxy_step(&mut event, self.of.proxy_step),
-                kind::KERNEL_CHANNEL => kernel_channel(&mut event, self.of.kernel_channel),
-                kind::NET_PLUGIN => net_plugin(&mut event, self.of.net_plugin),
-                _ => {}
-            }
-        }
-        Some(Start { event, pid })
-    }
-}
-
-impl Descriptor for Descriptor6 {
-    unsafe fn read(&self) -> Option<Start> {
-        let mut event = head(self.kind, kind::END, self.parent, self.rank)?;
-        let mut pid = None;
-        // SAFETY: the kind tells which field is set.
-        unsafe {
-            match event.kind {
-                kind::COLL | COPY_COLL => coll(&mut event, self.of.coll),
-                kind::P2P => p2p(&mut event, self.of.p2p),
-                COLL_API | P2P_API => api(&mut event, self.of.api),
-                kind::PROXY_OP => pid = Some(proxy_op(&mut event, self.of.proxy_op)),
-                kind::PROXY_STEP => proxy_step(&mut event, self.of.proxy_step),
-                kind::KERNEL_CHANNEL => kernel_channel(&mut event, self.of.kernel_channel),
-                kind::NET_PLUGIN => net_plugin(&mut event, self.of.net_plugin),
-                COPY_BATCH => {
-                    event.seq = u64::from(self.of.batch.operations.cast_unsigned());
-                    event.amount = self.of.batch.bytes as u64;
-                }
-                GROUP | GROUP_API | KERNEL_LAUNCH | COPY_SYNC => {}
-                _ => {}
-            }
-        }
-        Some(Start { event, pid })
-    }
-}
-
 fn kernel_channel(event: &mut Event, kernel: KernelChannel) {
     event.channel = kernel.channel;
     event.detail = kernel.timer;
+}
+
+fn copy_batch(event: &mut Event, batch: CopyBatch) {
+    event.seq = u64::from(batch.operations.cast_unsigned());
+    event.amount = batch.bytes as u64;
 }
 
 /// A network plugin's own descriptor: what it is begins where the union does.
