@@ -1,6 +1,6 @@
 //! The sources that read the node's devices, as the gathering thread has them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use stallscope_attribution::facts::{DeviceEvent, DeviceEventKind, HardwareFact, HardwareFacts, RecordGap};
@@ -12,7 +12,7 @@ use crate::observation::{Fact, Observation};
 use crate::sources::clock;
 use crate::sources::load::Load;
 use crate::sources::pcie::PcieSource;
-use crate::sources::rdma::RdmaSource;
+use crate::sources::rdma::{self, RdmaSource};
 use crate::sources::xid::{Teller, Xid, XidSource};
 
 /// Between two looks at what the threads have read, ns.
@@ -30,6 +30,7 @@ pub(super) struct Devices {
     pcie: Option<PcieSource>,
     xids: XidSource,
     load: Arc<Load>,
+    sys: PathBuf,
     due_ns: u64,
     troubles: [Option<String>; 2],
 }
@@ -45,6 +46,7 @@ impl Devices {
             pcie: None,
             xids: XidSource::without_log(),
             load: Arc::default(),
+            sys: PathBuf::new(),
             due_ns: 0,
             troubles: [None, None],
         }
@@ -60,14 +62,28 @@ impl Devices {
             pcie: started(PARTS[1], pcie, shared),
             xids: open_xids(),
             load,
+            sys: sys.to_owned(),
             due_ns: 0,
             troubles: [None, None],
         }
     }
 
-    /// Notes what a batch says of who moves data, then adds what was read meanwhile.
+    /// Adds what only the running agent knows of a device that probes told of: node, clock offset, and the PCI address of
+    /// an event's device.
+    pub(super) fn complete(&self, facts: &mut HardwareFacts, node: &str) {
+        node.clone_into(&mut facts.node);
+        facts.realtime_offset_ns = clock::realtime_offset_ns();
+        if let HardwareFact::Event(event) = &mut facts.fact
+            && event.pci.is_empty()
+            && let DeviceEventKind::Verbs { device, .. } = &event.kind
+            && !device.is_empty()
+        {
+            event.pci = rdma::pci_of(&self.sys, device);
+        }
+    }
+
+    /// Adds what was read meanwhile.
     pub(super) fn poll(&mut self, now_ns: u64, batch: &mut Vec<Observation>, shared: &Shared) {
-        batch.iter().for_each(|observation| self.note(observation));
         if now_ns < self.due_ns {
             return;
         }
@@ -135,7 +151,8 @@ impl Devices {
         }
     }
 
-    fn note(&self, observation: &Observation) {
+    /// Notes what a reading says of who moves data.
+    pub(super) fn note(&self, observation: &Observation) {
         let now_ns = observation.window.end_ns();
         match &observation.fact {
             Fact::Gpu(reading) if reading.busy_ppm.value().is_some_and(|&ppm| ppm > COMPUTES_PPM) => {

@@ -11,7 +11,6 @@ use stallscope_attribution::time::Window;
 
 use super::devices::Devices;
 use super::gpus::Gpus;
-use super::hardware;
 use super::queue::Giver;
 use super::shared::Shared;
 use super::status::Condition;
@@ -108,7 +107,7 @@ impl Gather {
             DRAIN
         };
         let (decoder, events, dropped) = (&mut self.decoder, &self.sources.events, &mut self.events_dropped);
-        let cpu_time = &mut self.cpu_time;
+        let (cpu_time, devices) = (&mut self.cpu_time, &self.sources.devices);
         // Taken when the first record needs it: processes may have become known while waiting.
         let (mut keys, shared) = (None, &self.shared);
         let drained = reader.drain(wait, &mut |event| {
@@ -119,7 +118,7 @@ impl Gather {
                 &mut |decoded| match decoded {
                     Decoded::Observation(mut observation) => {
                         if let Fact::Hardware(facts) = &mut observation.fact {
-                            hardware::complete(facts, &shared.node);
+                            devices.complete(facts, &shared.node);
                         }
                         if let Fact::OffCpu { thread, .. } | Fact::FileIo { thread, .. } = &observation.fact {
                             cpu_time.heard(*thread, observation.window.end_ns());
@@ -153,6 +152,7 @@ impl Gather {
             batch.push(observation);
         }
         let now_ns = super::now_ns();
+        let read_from = batch.len();
         batch.extend(self.sources.gpus.poll(now_ns, &self.shared));
         batch.extend(self.cpu_time.poll(now_ns));
         batch.extend(self.quota.poll(now_ns, self.gpu_processes.iter().copied()));
@@ -160,6 +160,8 @@ impl Gather {
             self.net_due_ns = now_ns + NET_NS;
             self.poll_net(now_ns, batch);
         }
+        let read = batch[read_from..].iter();
+        read.for_each(|observation| self.sources.devices.note(observation));
         let faults = self.sources.gpus.take_faults();
         self.sources.devices.take_faults(faults, batch, &self.shared);
         self.sources.devices.poll(now_ns, batch, &self.shared);

@@ -14,7 +14,6 @@ mod devices;
 mod discover;
 mod gather;
 mod gpus;
-mod hardware;
 mod history;
 mod limits;
 mod own;

@@ -117,6 +117,18 @@ pub(super) fn is_pci_address(name: &str) -> bool {
     name.contains('.') && hex(domain, 4..=8) && hex(bus, 2..=2) && hex(device, 2..=2) && hex(function, 1..=1)
 }
 
+/// The PCI address of what a class's entry stands for; empty when it has none, as devices made of software.
+pub(super) fn pci_of(entry: &Path) -> String {
+    let Ok(path) = entry.join("device").canonicalize() else {
+        return String::new();
+    };
+    let mut parts = path.iter().rev().filter_map(|part| part.to_str());
+    parts
+        .find(|part| is_pci_address(part))
+        .unwrap_or_default()
+        .to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]

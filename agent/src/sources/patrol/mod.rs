@@ -11,7 +11,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use stallscope_attribution::facts::{HardwareFact, HardwareFacts};
+use stallscope_attribution::facts::{Counter, HardwareFact, HardwareFacts};
+use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
 use super::clock;
@@ -30,6 +31,15 @@ const QUEUE: usize = 2048;
 
 /// What one visit told: over which time, and what.
 pub(super) type Told = (Window, HardwareFact);
+
+/// The counters of a device that does not answer: each is there, and none was read.
+pub(super) fn unread(counters: &[Counter], why: &str) -> Vec<Counter> {
+    let unread = |counter: &Counter| Counter {
+        name: counter.name.clone(),
+        growth: Reading::Failed(why.to_owned()),
+    };
+    counters.iter().map(unread).collect()
+}
 
 /// A device that is visited.
 pub(super) trait Station: Send + 'static {

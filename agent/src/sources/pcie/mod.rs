@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stallscope_attribution::facts::{Counter, HardwareFact, PciDevice, PciKind};
+use stallscope_attribution::facts::{HardwareFact, PciDevice, PciKind};
 use stallscope_attribution::reading::Reading;
 
 use self::device::Device;
 use super::load::Load;
-use super::patrol::{Beat, Patrol};
+use super::patrol::{self, Beat, Patrol};
 use super::sysfs::{self, Lack};
 use crate::observation::Observation;
 
@@ -118,13 +118,9 @@ fn of_interest(bus: &Path) -> Result<BTreeSet<String>, String> {
 
 /// The device with everything that was read of it failed; where it sits stays true.
 fn failed(device: &PciDevice, why: &str) -> PciDevice {
-    let counter = |counter: &Counter| Counter {
-        name: counter.name.clone(),
-        growth: Reading::Failed(why.to_owned()),
-    };
     PciDevice {
         link: Reading::Failed(why.to_owned()),
-        errors: device.errors.iter().map(counter).collect(),
+        errors: patrol::unread(&device.errors, why),
         ..device.clone()
     }
 }

@@ -4,7 +4,7 @@
 
 use std::os::unix::fs::symlink;
 
-use stallscope_attribution::facts::PciLink;
+use stallscope_attribution::facts::{Counter, PciLink};
 
 use super::super::patrol::{Station as _, Told};
 use super::*;

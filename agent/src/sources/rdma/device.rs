@@ -191,15 +191,7 @@ impl Device {
 
     /// The nearest part of the device's path that is a PCI address; software devices have none.
     fn pci(&self) -> String {
-        let Ok(path) = self.path.join("device").canonicalize() else {
-            return String::new();
-        };
-        let parts = path.iter().rev().filter_map(|part| part.to_str());
-        parts
-            .filter(|part| sysfs::is_pci_address(part))
-            .map(str::to_owned)
-            .next()
-            .unwrap_or_default()
+        sysfs::pci_of(&self.path)
     }
 
     fn port_path(&self, number: u32) -> PathBuf {

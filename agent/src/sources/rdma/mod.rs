@@ -20,13 +20,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use stallscope_attribution::facts::{Counter, HardwareFact, RdmaPort};
+use stallscope_attribution::facts::{HardwareFact, RdmaPort};
 use stallscope_attribution::reading::Reading;
 
 use self::device::Device;
 use super::load::Load;
 use super::nic_stats::NicStats;
-use super::patrol::{Beat, Patrol};
+use super::patrol::{self, Beat, Patrol};
 use super::sysfs::{self, Lack};
 use crate::observation::Observation;
 
@@ -76,6 +76,12 @@ impl RdmaSource {
     }
 }
 
+/// The PCI address of a device of this name below `sys`; empty when it has none, as devices made of software.
+#[must_use]
+pub fn pci_of(sys: &Path, device: &str) -> String {
+    sysfs::pci_of(&class(sys).join(device))
+}
+
 fn class(sys: &Path) -> PathBuf {
     sys.join("class/infiniband")
 }
@@ -117,14 +123,10 @@ impl Beat for Devices {
 
 /// The port with everything that was read of it failed.
 fn failed(port: &RdmaPort, why: &str) -> RdmaPort {
-    let counter = |counter: &Counter| Counter {
-        name: counter.name.clone(),
-        growth: Reading::Failed(why.to_owned()),
-    };
     RdmaPort {
         active: Reading::Failed(why.to_owned()),
         rate_bytes_per_s: Reading::Failed(why.to_owned()),
-        counters: port.counters.iter().map(counter).collect(),
+        counters: patrol::unread(&port.counters, why),
         ..port.clone()
     }
 }

@@ -76,7 +76,7 @@ impl Tree {
     }
 }
 
-fn ports(told: Vec<super::super::patrol::Told>) -> Vec<RdmaPort> {
+fn ports(told: Vec<patrol::Told>) -> Vec<RdmaPort> {
     told.into_iter()
         .map(|(window, fact)| {
             assert!(window.start_ns() > 0);
@@ -353,4 +353,24 @@ fn a_node_without_rdma_and_one_look_for_people() {
         summary(tree.sys()),
         Ok(vec!["mlx5_0/1 eth0 Ethernet active, 6 counters".to_owned()])
     );
+}
+
+#[test]
+fn a_device_on_the_bus_has_an_address_and_another_has_none() {
+    let sys = tempfile::tempdir().unwrap();
+    for (device, target) in [
+        ("mlx5_0", "devices/pci0000:3a/0000:3a:00.0/0000:3b:00.1"),
+        ("rxe0", "devices/virtual"),
+    ] {
+        let (folder, target) = (
+            sys.path().join("class/infiniband").join(device),
+            sys.path().join(target),
+        );
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::create_dir_all(&target).unwrap();
+        symlink(target, folder.join("device")).unwrap();
+    }
+    assert_eq!(pci_of(sys.path(), "mlx5_0"), "0000:3b:00.1");
+    assert_eq!(pci_of(sys.path(), "rxe0"), "");
+    assert_eq!(pci_of(sys.path(), "absent"), "");
 }
