@@ -58,6 +58,15 @@ impl Stand {
         Puppet::start(Command::new(self.job()).env("LD_LIBRARY_PATH", self.folder.path()))
     }
 
+    /// A job, traced from before it does anything.
+    fn traced(&self) -> Result<(Puppet, Tracer)> {
+        let puppet = self.start()?;
+        let mut tracer = Tracer::load(ProbesConfig::default())?;
+        self.attach(&mut tracer, &puppet)?;
+        tracer.trace(puppet.pid())?;
+        Ok((puppet, tracer))
+    }
+
     fn attach(&self, tracer: &mut Tracer, puppet: &Puppet) -> Result<Attached> {
         tracer.attach(LibraryKind::Verbs, &self.library(), puppet.pid())
     }
@@ -221,11 +230,8 @@ fn numbers_used_again_other_ways_to_post_and_events_are_told_apart() -> Result<(
         return Ok(());
     }
     let stand = Stand::build(true)?;
-    let mut puppet = stand.start()?;
-    let mut tracer = Tracer::load(ProbesConfig::default())?;
-    stand.attach(&mut tracer, &puppet)?;
+    let (mut puppet, mut tracer) = stand.traced()?;
     let pid = puppet.pid();
-    tracer.trace(pid)?;
     told(&mut puppet, &["open"])?;
     until_watched(&mut tracer, pid)?;
     // The heap gives the same address again, too.
@@ -350,11 +356,8 @@ fn contexts_that_lead_astray_are_named_and_nothing_is_probed_there() -> Result<(
         return Ok(());
     }
     let stand = Stand::build(true)?;
-    let mut puppet = stand.start()?;
-    let mut tracer = Tracer::load(ProbesConfig::default())?;
-    stand.attach(&mut tracer, &puppet)?;
+    let (mut puppet, mut tracer) = stand.traced()?;
     let pid = puppet.pid();
-    tracer.trace(pid)?;
     told(
         &mut puppet,
         &["open", "nowhere", "anonymous", "elsewhere", "inside"],
@@ -403,11 +406,8 @@ fn thousands_of_queue_pairs_are_bounded_and_those_without_room_counted() -> Resu
         return Ok(());
     }
     let stand = Stand::build(true)?;
-    let mut puppet = stand.start()?;
-    let mut tracer = Tracer::load(ProbesConfig::default())?;
-    stand.attach(&mut tracer, &puppet)?;
+    let (mut puppet, mut tracer) = stand.traced()?;
     let pid = puppet.pid();
-    tracer.trace(pid)?;
     told(&mut puppet, &["open"])?;
     until_watched(&mut tracer, pid)?;
     told(&mut puppet, &[&format!("many {TOO_MANY}")])?;
