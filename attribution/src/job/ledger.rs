@@ -77,6 +77,11 @@ impl RankLedger {
         self.share_ppm(self.throttled_ns.unwrap_or(0))
     }
 
+    /// Whether its quota holds it back.
+    pub(super) fn is_held_back(&self) -> bool {
+        self.throttled_ppm() >= HELD_BACK_PPM
+    }
+
     fn add(&mut self, cell: &Cell<'_>) {
         let signals = &cell.step.signals;
         self.steps += 1;
@@ -184,6 +189,11 @@ impl Ledger {
     pub(super) fn share_ppm(&self, ns: u64) -> u64 {
         mul_div(ns, PPM, self.total_ns)
     }
+
+    /// Whether a quota holds any rank back.
+    pub(super) fn is_held_back(&self) -> bool {
+        self.ranks.iter().any(RankLedger::is_held_back)
+    }
 }
 
 /// The ledgers of all regimes, communication split into waiting, transfer, slow network and the rest.
@@ -279,9 +289,8 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
     }
 }
 
-/// A group throttled by its quota for this share of the time takes in slowly for that reason, parts per million.
+/// A group throttled for this share of the time lacks a CPU, parts per million.
 const HELD_BACK_PPM: u64 = 40_000;
-
 /// A thread that wants a CPU for this share of its time runs on a host with too few, parts per million.
 const STARVED_PPM: u64 = 100_000;
 
@@ -329,8 +338,7 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> P
     {
         of_ports = Pressure::None;
     }
-    let throttled = |rank: &RankLedger| rank.throttled_ppm() >= HELD_BACK_PPM;
-    if matches!(of_ports, Pressure::Receiver(_)) && ledger.ranks.iter().any(throttled) {
+    if matches!(of_ports, Pressure::Receiver(_)) && ledger.is_held_back() {
         of_ports = Pressure::None;
     }
     let down = |ledger: &Ledger| {

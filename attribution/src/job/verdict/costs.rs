@@ -11,8 +11,6 @@ use crate::leaf::Leaf;
 
 /// A group throttled for this share of the time stands still as a whole, parts per million.
 const THROTTLED_PPM: u64 = 100_000;
-/// A group throttled for this share of the time lacks a CPU, parts per million.
-pub(in crate::job) const HELD_BACK_PPM: u64 = 40_000;
 /// A clock is low when it is below this share of its reference, parts per million.
 const LOW_CLOCK_PPM: u64 = 970_000;
 /// A clock reason held for this share of the time counts, parts per million.

@@ -1,6 +1,6 @@
 //! Where a cause sits: one rank, one node, or the whole job.
 
-use super::costs::{Cost, HELD_BACK_PPM};
+use super::costs::Cost;
 use super::rules::is_persistent;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};
@@ -26,14 +26,7 @@ pub(super) fn hit(cause: Cause, cost: &Cost, ledger: &Ledger, base: Option<&Ledg
         Cause::NetworkNvlink => Some(|rank| u64::from(rank.nvlinks_down)),
         Cause::DeviceFault => Some(|rank| u64::from(rank.faults)),
         Cause::DevicePcie => Some(|rank| PPM - rank.pcie_ppm.unwrap_or(PPM)),
-        Cause::HostCpu
-            if ledger
-                .ranks
-                .iter()
-                .any(|rank| rank.throttled_ppm() >= HELD_BACK_PPM) =>
-        {
-            Some(|rank| rank.throttled_ns.unwrap_or(0))
-        }
+        Cause::HostCpu if ledger.is_held_back() => Some(|rank| rank.throttled_ns.unwrap_or(0)),
         _ => None,
     };
     let by_signal = signal.map(|signal| {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::costs::{Cost, HELD_BACK_PPM};
+use super::costs::Cost;
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
 use crate::facts::PPM;
@@ -52,7 +52,7 @@ fn least_ppm(candidate: &Candidate, ledger: &Ledger) -> u64 {
                 | Cause::HostReceiver
                 | Cause::DataCopy
         )
-        || cause == Cause::HostCpu && throttled(ledger);
+        || cause == Cause::HostCpu && ledger.is_held_back();
     let least = usual_ppm(cause, ledger, compared, candidate.is_widespread());
     if stands_out {
         let steadiness = mul_div(ledger.noise_ppm, 100, NOISY_PPM).clamp(STEADY_PERCENT, 100);
@@ -68,7 +68,7 @@ fn usual_ppm(cause: Cause, ledger: &Ledger, compared: bool, widespread: bool) ->
         Cause::NetworkNvlink | Cause::DevicePcie | Cause::DeviceFault => 10_000,
         Cause::DeviceThermal | Cause::DeviceContention => 20_000,
         Cause::DevicePowerCap if !widespread => 20_000,
-        Cause::HostCpu if throttled(ledger) => 50_000,
+        Cause::HostCpu if ledger.is_held_back() => 50_000,
         Cause::HostGc | Cause::HostAlloc | Cause::NetworkNic => 60_000,
         // Lost packets and what devices say are facts.
         Cause::NetworkFabric if matches!(ledger.pressure, Pressure::Lossy(_) | Pressure::Link(_)) => 60_000,
@@ -101,14 +101,6 @@ fn active_ppm(candidate: &Candidate, ledger: &Ledger) -> u64 {
         .max()
         .unwrap_or(PPM)
         .max(LEAST_ACTIVE_PPM)
-}
-
-/// Whether a quota holds any rank back.
-fn throttled(ledger: &Ledger) -> bool {
-    ledger
-        .ranks
-        .iter()
-        .any(|rank| rank.throttled_ppm() >= HELD_BACK_PPM)
 }
 
 /// A cost that is large enough, or the reason why it is none.
@@ -168,7 +160,7 @@ fn join_host(
     costs: &mut BTreeMap<Cause, Cost>,
     decision: &mut Decision,
 ) {
-    if throttled(ledger) {
+    if ledger.is_held_back() {
         return;
     }
     let total = |costs: &BTreeMap<Cause, Cost>, cause| costs.get(&cause).map_or(0, Cost::total);
@@ -224,7 +216,7 @@ fn objection(candidate: &Candidate, found: &[Candidate], ledger: &Ledger) -> Opt
         return Some("no port held packets back and no flow was held up".into());
     }
     // A quota is set by somebody: being throttled by it follows from nothing else.
-    let set = cause == Cause::HostCpu && throttled(ledger);
+    let set = cause == Cause::HostCpu && ledger.is_held_back();
     // Loaders that compute and loaders that read can both be slow; a small part of either comes with the other.
     let beside = |root: &Candidate| {
         let data = |cause| matches!(cause, Cause::DataLoader | Cause::DataStorage);

@@ -1,6 +1,5 @@
 //! How a verdict says what was seen, beside what a healthy job shows.
 
-use super::costs::HELD_BACK_PPM;
 use super::rules::Candidate;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::GpuSubject;
@@ -226,7 +225,7 @@ fn cpu(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     seen.push(view.time("throttled by the CPU quota", |rank| {
         rank.throttled_ns.unwrap_or(0)
     }));
-    if view.ranks().any(|rank| rank.throttled_ppm() >= HELD_BACK_PPM) {
+    if view.ranks().any(RankLedger::is_held_back) {
         2
     } else {
         1
