@@ -7,7 +7,16 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
+
+mod model;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod values;
+
+pub use model::DeclaredModel;
+pub use stream::StreamTarget;
 
 /// Where the packages put the file.
 pub const DEFAULT_PATH: &str = "/etc/stallscope/stallscope.toml";
@@ -73,7 +82,7 @@ macro_rules! section {
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Name of this node in reports, and in its certificate.
-    #[serde(deserialize_with = "optional_name")]
+    #[serde(deserialize_with = "values::optional_name")]
     pub node: Option<String>,
     /// `[scope]`
     pub scope: Scope,
@@ -85,6 +94,8 @@ pub struct Config {
     pub devices: Devices,
     /// `[nccl]`
     pub nccl: Nccl,
+    /// `[model]`
+    pub model: Model,
     /// `[stream]`
     pub stream: Stream,
     /// `[store]`
@@ -98,7 +109,7 @@ section! {
     Scope "scope" {
         /// Only processes whose control group is this path or below it, in any hierarchy.
         /// Default: every process of the node.
-        #[serde(deserialize_with = "optional_absolute")]
+        #[serde(deserialize_with = "values::optional_absolute")]
         cgroup: Option<String> = None, shown "\"/system.slice/slurmstepd.scope\"";
     }
 }
@@ -116,10 +127,10 @@ section! {
     /// NVIDIA's management library.
     Nvml "nvml" {
         /// Name or path of the library; a name is searched as the loader does.
-        #[serde(deserialize_with = "library")]
+        #[serde(deserialize_with = "values::library")]
         library: String = "libnvidia-ml.so.1".to_owned(), shown "\"libnvidia-ml.so.1\"";
         /// Milliseconds between two samples of a GPU's counters; 100 to 60000. The counters' own resolution is 100.
-        #[serde(deserialize_with = "sample_ms")]
+        #[serde(deserialize_with = "values::sample_ms")]
         sample_ms: u64 = 100, shown "100";
     }
 }
@@ -142,13 +153,46 @@ section! {
 }
 
 section! {
+    /// The model that is trained here, to know MFU of jobs that declare nothing themselves: a job's own
+    /// STALLSCOPE_MODEL_FLOPS_PER_STEP or STALLSCOPE_MODEL_SHAPE comes first. Either `flops_per_step`, or the six numbers of
+    /// its shape, which give 6N + 12LHQT FLOPs per token (PaLM's convention: full attention, nothing repeated).
+    Model "model" {
+        /// Only the job of this name, as reports show it. Default: every job of this node that declares nothing.
+        #[serde(deserialize_with = "values::optional_job")]
+        job: Option<String> = None, shown "\"llm-7b\"";
+        /// FLOPs of the model per step on one GPU; counts before the shape.
+        #[serde(deserialize_with = "values::optional_count")]
+        flops_per_step: Option<u64> = None, shown "3.2e14";
+        /// N, its parameters; of a mixture of experts those that one token uses.
+        #[serde(deserialize_with = "values::optional_count")]
+        parameters: Option<u64> = None, shown "7e9";
+        /// L, its layers.
+        #[serde(deserialize_with = "values::optional_count")]
+        layers: Option<u64> = None, shown "32";
+        /// H, attention heads of a layer.
+        #[serde(deserialize_with = "values::optional_count")]
+        heads: Option<u64> = None, shown "32";
+        /// Q, the size of a head.
+        #[serde(deserialize_with = "values::optional_count")]
+        head_size: Option<u64> = None, shown "128";
+        /// T, tokens of a sequence.
+        #[serde(deserialize_with = "values::optional_count")]
+        sequence: Option<u64> = None, shown "4096";
+        /// Tokens that the whole job takes per step, all gradient accumulation included. They are shared among the
+        /// ranks that the job's launcher declares (WORLD_SIZE and its likes); without these MFU stays unknown.
+        #[serde(deserialize_with = "values::optional_count")]
+        tokens_per_step: Option<u64> = None, shown "4194304";
+    }
+}
+
+section! {
     /// The stream to a collector. Without `collector` everything stays on the node.
     Stream "stream" {
         /// The collector as host:port. It needs `ca`, `cert` and `key` below.
-        #[serde(deserialize_with = "optional_host_port")]
+        #[serde(deserialize_with = "values::optional_host_port")]
         collector: Option<String> = None, shown "\"collector.example:4433\"";
         /// Name in the collector's certificate. Default: the host of `collector`.
-        #[serde(deserialize_with = "optional_name")]
+        #[serde(deserialize_with = "values::optional_name")]
         server_name: Option<String> = None, shown "\"collector.example\"";
         /// Certificates that may sign the collector's (PEM).
         ca: Option<PathBuf> = None, shown "\"/etc/stallscope/tls/ca.pem\"";
@@ -165,7 +209,7 @@ section! {
         /// Its directory, made when missing.
         dir: PathBuf = PathBuf::from("/var/lib/stallscope"), shown "\"/var/lib/stallscope\"";
         /// Bytes it may use; at least 1048576. The oldest data goes first.
-        #[serde(deserialize_with = "store_bytes")]
+        #[serde(deserialize_with = "values::store_bytes")]
         max_bytes: u64 = 1 << 30, shown "1073741824";
     }
 }
@@ -186,23 +230,6 @@ const NODE_DOCS: FieldDocs = FieldDocs {
     ],
     shown: "\"node-17\"",
 };
-
-/// A complete, consistent stream target; see [`Stream::target`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StreamTarget {
-    /// Host name or address, without brackets.
-    pub host: String,
-    /// UDP port.
-    pub port: u16,
-    /// Name expected in the collector's certificate.
-    pub server_name: String,
-    /// Certificate authority, PEM.
-    pub ca: PathBuf,
-    /// Own certificate, PEM.
-    pub cert: PathBuf,
-    /// Own key, PEM.
-    pub key: PathBuf,
-}
 
 /// Why a configuration cannot be used. The text starts with `file:line:` where a line is known.
 #[derive(Debug, thiserror::Error)]
@@ -225,6 +252,16 @@ pub enum ConfigError {
         /// What is wrong, and what would be right.
         message: String,
     },
+}
+
+/// A section whose settings do not fit together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Incomplete {
+    section: &'static str,
+    /// The key to show the line of.
+    key: &'static str,
+    message: String,
 }
 
 impl Config {
@@ -250,12 +287,17 @@ impl Config {
             line: line_of(text, error.span().map_or(0, |span| span.start)),
             message: error.message().replace('\n', "; "),
         })?;
-        match config.stream.target() {
-            Ok(_) => Ok(config),
-            Err(StreamIncomplete { key, message }) => Err(ConfigError::Invalid {
+        let whole = config.stream.target().map(|_| ());
+        match whole.and_then(|()| config.model.declared().map(|_| ())) {
+            Ok(()) => Ok(config),
+            Err(Incomplete {
+                section,
+                key,
+                message,
+            }) => Err(ConfigError::Invalid {
                 file: file.to_owned(),
-                line: line_of_key(text, "stream", key),
-                message: message.to_owned(),
+                line: line_of_key(text, section, key),
+                message,
             }),
         }
     }
@@ -273,46 +315,6 @@ impl Config {
             }
         };
         self.node.clone().unwrap_or_else(hostname)
-    }
-}
-
-/// Which key of `[stream]` makes it unusable, and why.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct StreamIncomplete {
-    key: &'static str,
-    message: &'static str,
-}
-
-impl Stream {
-    /// Where to stream to: `None` when no collector is set.
-    ///
-    /// # Errors
-    /// When a collector is set and `ca`, `cert` or `key` is not. A parsed [`Config`] never gives this.
-    pub fn target(&self) -> Result<Option<StreamTarget>, StreamIncomplete> {
-        let Some(collector) = &self.collector else {
-            return Ok(None);
-        };
-        let missing = |message| StreamIncomplete {
-            key: "collector",
-            message,
-        };
-        let (Some(ca), Some(cert), Some(key)) = (&self.ca, &self.cert, &self.key) else {
-            return Err(missing(
-                "stream.collector needs stream.ca, stream.cert and stream.key: add the PEM files",
-            ));
-        };
-        let Some((host, port)) = host_port(collector) else {
-            return Err(missing("stream.collector must be host:port"));
-        };
-        Ok(Some(StreamTarget {
-            server_name: self.server_name.clone().unwrap_or_else(|| host.to_owned()),
-            host: host.to_owned(),
-            port,
-            ca: ca.clone(),
-            cert: cert.clone(),
-            key: key.clone(),
-        }))
     }
 }
 
@@ -360,12 +362,13 @@ pub fn check(path: &Path) -> Result<(Config, Vec<Warning>), ConfigError> {
 /// The default file: every setting, commented out, with its documentation.
 #[must_use]
 pub fn default_file() -> String {
-    const SECTIONS: [SectionDocs; 8] = [
+    const SECTIONS: [SectionDocs; 9] = [
         Scope::DOCS,
         Probes::DOCS,
         Nvml::DOCS,
         Devices::DOCS,
         Nccl::DOCS,
+        Model::DOCS,
         Stream::DOCS,
         Store::DOCS,
         Control::DOCS,
@@ -424,73 +427,3 @@ fn line_of_key(text: &str, section: &str, key: &str) -> usize {
         inner.map_or(name.span().start, |(name, _)| name.span().start),
     )
 }
-
-fn host_port(text: &str) -> Option<(&str, u16)> {
-    let (host, port) = text.rsplit_once(':')?;
-    let bare = host
-        .strip_prefix('[')
-        .map_or(Some(host), |host| host.strip_suffix(']'))?;
-    let bracketed = bare.len() != host.len();
-    let port: u16 = port.parse().ok().filter(|&port| port != 0)?;
-    // A bare IPv6 address with a port is ambiguous.
-    (!bare.is_empty() && (bracketed || !bare.contains(':'))).then_some((bare, port))
-}
-
-fn optional_host_port<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
-    let text = String::deserialize(from)?;
-    match host_port(&text) {
-        Some(_) => Ok(Some(text)),
-        None => Err(de::Error::custom(format!(
-            "`{text}` must be host:port, like collector.example:4433"
-        ))),
-    }
-}
-
-fn optional_name<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
-    let text = String::deserialize(from)?;
-    if text.is_empty() || text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-        return Err(de::Error::custom("a name must not be empty nor hold spaces"));
-    }
-    Ok(Some(text))
-}
-
-fn optional_absolute<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
-    let text = String::deserialize(from)?;
-    if !text.starts_with('/') {
-        return Err(de::Error::custom(format!(
-            "`{text}` must start with `/`, as the paths in /proc/PID/cgroup do"
-        )));
-    }
-    Ok(Some(text))
-}
-
-fn library<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
-    let text = String::deserialize(from)?;
-    if text.is_empty() || text.contains('\0') {
-        return Err(de::Error::custom(
-            "must be a library's name or path, like libnvidia-ml.so.1",
-        ));
-    }
-    Ok(text)
-}
-
-fn sample_ms<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
-    in_range(u64::deserialize(from)?, 100, 60_000)
-}
-
-fn store_bytes<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
-    in_range(u64::deserialize(from)?, 1 << 20, u64::MAX)
-}
-
-fn in_range<E: de::Error>(value: u64, low: u64, high: u64) -> Result<u64, E> {
-    if (low..=high).contains(&value) {
-        Ok(value)
-    } else if high == u64::MAX {
-        Err(E::custom(format!("{value} is too small: at least {low}")))
-    } else {
-        Err(E::custom(format!("{value} is out of range: {low} to {high}")))
-    }
-}
-
-#[cfg(test)]
-mod tests;

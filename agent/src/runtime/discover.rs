@@ -47,13 +47,12 @@ impl Discover {
     /// `nccl_profiler` is `None` where it was not asked for.
     pub(super) fn new(
         shared: Arc<Shared>,
-        scope: Option<String>,
+        mut discovery: Discovery,
         probes: Option<Probes>,
         nccl_profiler: Option<NcclProfiler>,
         events: Receiver<ProcessEvent>,
         facts: SyncSender<Observation>,
     ) -> Self {
-        let mut discovery = Discovery::new("/proc", scope);
         discovery.set_events_live(probes.is_some());
         Self {
             shared,

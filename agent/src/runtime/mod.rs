@@ -40,6 +40,7 @@ use crate::sources::clock;
 use crate::sources::nccl_profiler::NcclProfiler;
 use crate::sources::net::NetSource;
 use crate::sources::probes::{Loaded, Probes, ProbesConfig, Reader};
+use crate::sources::procs::Discovery;
 use crate::store::{OpenError, Ring, Spool};
 use crate::stream::{self, StreamStatus};
 use shared::Shared;
@@ -229,9 +230,14 @@ fn start_threads(
             batches,
         },
     );
+    let mut discovery = Discovery::new("/proc", config.scope.cgroup.clone());
+    match config.model.declared() {
+        Ok(model) => discovery.set_model(model),
+        Err(why) => missing(shared, "model", &why),
+    }
     let discover = discover::Discover::new(
         Arc::clone(shared),
-        config.scope.cgroup.clone(),
+        discovery,
         probes,
         config.nccl.profiler.then(NcclProfiler::default),
         news,

@@ -20,7 +20,7 @@ pub(crate) fn mfu_sentence(job: &Job) -> String {
         return if job.tier == "A" {
             "MFU unknown: give the model's FLOPs per GPU and step (--model-flops) or its shape (--model-shape)".to_owned()
         } else {
-            "MFU unknown: declare the model's FLOPs per GPU and step in STALLSCOPE_MODEL_FLOPS_PER_STEP"
+            "MFU unknown: declare the model ([model] in the agent's configuration, or STALLSCOPE_MODEL_SHAPE)"
                 .to_owned()
         };
     };

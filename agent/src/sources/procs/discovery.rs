@@ -10,6 +10,7 @@ use super::environ::{Declared, Malformed, parse_environ};
 use super::maps::MappedLibrary;
 use super::proc_fs::ProcFs;
 use super::{Action, GpuView, Library, LibraryId, LibraryKind, ProcessEvent};
+use crate::config::DeclaredModel;
 use crate::observation::{ProcessFacts, ProcessKey};
 
 /// From an event to reading the process: a loader maps many files in a row, and one read is enough for them.
@@ -26,6 +27,7 @@ const MAX_WARNINGS: usize = 256;
 pub struct Discovery {
     proc_fs: ProcFs,
     scope: Option<String>,
+    model: Option<DeclaredModel>,
     own_pid: u32,
     events_live: bool,
     gpus: GpuView,
@@ -83,6 +85,7 @@ impl Discovery {
         Self {
             proc_fs: ProcFs::new(proc_root),
             scope,
+            model: None,
             own_pid: std::process::id(),
             events_live: false,
             gpus: GpuView::default(),
@@ -94,6 +97,12 @@ impl Discovery {
             attached: BTreeSet::new(),
             warned: HashSet::new(),
         }
+    }
+
+    /// What the node's operator declares of the model, for processes that declare nothing.
+    pub fn set_model(&mut self, model: Option<DeclaredModel>) {
+        self.model = model;
+        self.changed = true;
     }
 
     /// Whether process events arrive; until then, and without, everything is looked at twice a second.
@@ -314,7 +323,15 @@ impl Discovery {
 
     /// Compares what should be traced with what is.
     fn decide(&mut self) -> Vec<Action> {
-        let wanted = classify(&self.known, &self.traced, &self.gpus);
+        let mut wanted = classify(&self.known, &self.traced, &self.gpus);
+        for Traced { facts, .. } in wanted.values_mut() {
+            let declared = || {
+                self.model
+                    .as_ref()?
+                    .flops_per_step(facts.job.as_deref(), facts.world)
+            };
+            facts.model_flops_per_step = facts.model_flops_per_step.or_else(declared);
+        }
         let mut actions = Vec::new();
         for (key, traced) in &wanted {
             for id in &traced.libraries {

@@ -2,6 +2,7 @@
 //!
 //! # Facade
 //! - [`Discovery::new`]`(proc_root, scope_cgroup)`; nothing is read before the first poll.
+//! - [`Discovery::set_model`]`(model)`: what the configuration declares of the model.
 //! - [`Discovery::on_event`]`(event, now_ns)`: what the probes saw ([`ProcessEvent`]); cheap, reads nothing.
 //! - [`Discovery::set_gpus`]`(gpus)`: what NVML knows ([`GpuView`]); call after every slow loop of NVML.
 //! - [`Discovery::poll`]`(now_ns) -> Vec<Action>`: call when [`Discovery::due_ns`] is reached (at most 500 ms away), and in

@@ -194,6 +194,29 @@ fn a_rank_is_found_with_its_libraries_and_let_go() {
 }
 
 #[test]
+fn the_configured_model_serves_jobs_that_declare_none() {
+    let fake = FakeProc::new();
+    fake.put(&rank(100, 50));
+    let named = |job| ["RANK=3", "WORLD_SIZE=4", "LOCAL_RANK=1", job];
+    let silent = |pid, job| Process::new(pid, 1, 50).env(&named(job)).maps(&["libcuda.so.1"]);
+    fake.put(&silent(200, "STALLSCOPE_JOB=llm"));
+    fake.put(&silent(300, "STALLSCOPE_JOB=other"));
+    let text = "[model]\njob = \"llm\"\nparameters = 10\nlayers = 1\nheads = 1\nhead_size = 1\nsequence = 1\n\
+                tokens_per_step = 8\n";
+    let config = crate::config::Config::parse(text, "f").unwrap();
+    let mut discovery = fake.discovery();
+    discovery.set_model(config.model.declared().unwrap());
+    let actions = discovery.poll(0);
+    let mut found: Vec<_> = traced(&actions)
+        .into_iter()
+        .map(|facts| (facts.key.pid, facts.model_flops_per_step))
+        .collect();
+    found.sort_unstable();
+    // (6 * 10 + 12) * 8 tokens over 4 ranks.
+    assert_eq!(found, [(100, Some(99)), (200, Some(144)), (300, None)]);
+}
+
+#[test]
 fn late_dlopen_is_seen_100_ms_after_its_event() {
     let fake = FakeProc::new();
     fake.put(&Process::new(100, 1, 50).env(&["RANK=0"]));
