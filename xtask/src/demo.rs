@@ -15,13 +15,15 @@ use crate::progress::Progress;
 use crate::{OutputFormat, build, setup};
 
 /// Every fault the demo can inject.
-pub const FAULTS: [&str; 9] = [
+pub const FAULTS: [&str; 11] = [
     "none",
     "loader-cpu",
     "storage",
     "launch",
     "cpu-quota",
     "slow-link",
+    "lossy-link",
+    "slow-peer",
     "thermal",
     "co-tenant",
     "checkpoint",

@@ -179,10 +179,24 @@ impl Switch {
             }
             FaultKind::SlowLink => {
                 for (index, node) in (0..).zip(&plan.nodes) {
-                    if self.fault.node.is_none_or(|wanted| wanted == index) {
+                    if self.at_node(index) {
                         slow_link(&node.netns, on.then_some(amount))?;
                     }
                 }
+            }
+            FaultKind::LossyLink => {
+                for (index, _) in (0..).zip(&plan.nodes).filter(|(index, _)| self.at_node(*index)) {
+                    lossy_link(&plan.management.netns, index, on.then_some(amount))?;
+                }
+            }
+            FaultKind::SlowPeer => {
+                // What comes from other nodes is taken in by a node's first rank.
+                let first = |rank: &&u32| rank.is_multiple_of(plan.scenario.topology.gpus_per_node);
+                let rate = if on { (amount * 1e6 / 8.0) as u64 } else { 0 };
+                ranks
+                    .iter()
+                    .filter(first)
+                    .for_each(|rank| knobs(rank).drain_bytes_per_s.store(rate, SeqCst));
             }
             FaultKind::Thermal => {
                 let mhz = (amount / 100.0 * f64::from(REFERENCE_MHZ)) as u32;
@@ -210,6 +224,10 @@ impl Switch {
             }
         }
         Ok(())
+    }
+
+    fn at_node(&self, index: u32) -> bool {
+        self.fault.node.is_none_or(|wanted| wanted == index)
     }
 
     fn evict(&mut self) {
@@ -253,6 +271,24 @@ fn slow_link(netns: &str, mbit_per_s: Option<f64>) -> anyhow::Result<()> {
         None => format!("tc -n {netns} qdisc del dev eth0 root"),
     };
     command(&line).map(drop)
+}
+
+/// Loses a share of the TCP packets that a node sends, in percent, where they enter the bridge; `None` loses no more.
+/// What the agent streams is not TCP.
+fn lossy_link(bridge_netns: &str, node: u32, percent: Option<f64>) -> anyhow::Result<()> {
+    let nft = |rule: &str| command(&format!("nsenter --net=/run/netns/{bridge_netns} nft {rule}")).map(drop);
+    let table = format!("netdev lossy{node}");
+    let Some(percent) = percent else {
+        return nft(&format!("delete table {table}"));
+    };
+    let of_ten_thousand = (percent * 100.0).round().max(1.0) as u64;
+    nft(&format!("add table {table}"))?;
+    nft(&format!(
+        "add chain {table} sent {{ type filter hook ingress device port{node} priority 0 ; }}"
+    ))?;
+    nft(&format!(
+        "add rule {table} sent ip protocol tcp numgen random mod 10000 < {of_ten_thousand} drop"
+    ))
 }
 
 /// Makes a GPU too hot for its clock; `None` cools it.

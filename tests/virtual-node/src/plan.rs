@@ -89,7 +89,7 @@ impl Plan {
     }
 
     pub(crate) fn control(&self) -> PathBuf {
-        self.dir.join("control")
+        self.dir.join(virtual_node_state::control::FILE)
     }
 
     pub(crate) fn node_of(&self, rank: u32) -> (&Node, u32) {

@@ -110,6 +110,8 @@ pub(crate) enum FaultKind {
     Launch,
     CpuQuota,
     SlowLink,
+    LossyLink,
+    SlowPeer,
     Thermal,
     CoTenant,
     Checkpoint,
@@ -187,6 +189,8 @@ impl FaultKind {
             Self::Launch => "launch",
             Self::CpuQuota => "cpu-quota",
             Self::SlowLink => "slow-link",
+            Self::LossyLink => "lossy-link",
+            Self::SlowPeer => "slow-peer",
             Self::Thermal => "thermal",
             Self::CoTenant => "co-tenant",
             Self::Checkpoint => "checkpoint",
@@ -202,6 +206,8 @@ impl FaultKind {
             Self::Launch => "host.launch",
             Self::CpuQuota => "host.cpu",
             Self::SlowLink => "network.nic",
+            Self::LossyLink => "network.fabric",
+            Self::SlowPeer => "host.receiver",
             Self::Thermal => "device.thermal",
             Self::CoTenant => "device.contention",
             Self::Checkpoint => "job.checkpoint",
@@ -225,10 +231,11 @@ impl Fault {
             FaultKind::None => 0.0,
             FaultKind::LoaderCpu | FaultKind::Storage | FaultKind::Launch => pick(160.0, 112.0, 80.0),
             FaultKind::CpuQuota => pick(5.0, 9.0, 30.0),
-            FaultKind::SlowLink => {
+            FaultKind::SlowLink | FaultKind::SlowPeer => {
                 let bits = job.gradient_bytes() as f64 * 8.0;
                 bits / (job.step_s() * pick(1.3, 0.25, 0.05)) / 1e6
             }
+            FaultKind::LossyLink => pick(8.0, 1.0, 0.01),
             FaultKind::Thermal => pick(65.0, 93.0, 99.0),
             FaultKind::CoTenant => pick(35.0, 8.0, 1.0),
             FaultKind::Checkpoint => pick(2.0, 0.4, 0.03),
@@ -380,7 +387,17 @@ impl Scenario {
                 "{name}: dose is 1 to 85 % of the SMs"
             ),
             FaultKind::CpuQuota => ensure!(amount >= 1.0, "{name}: dose is at least 1 % of a core"),
-            FaultKind::SlowLink => {
+            FaultKind::LossyLink => {
+                ensure!(
+                    fault.rank.is_none() && fault.gpu.is_none(),
+                    "{name}: the place is a node"
+                );
+                ensure!(
+                    (0.01..=50.0).contains(&amount),
+                    "{name}: dose is 0.01 to 50 % of packets"
+                );
+            }
+            FaultKind::SlowLink | FaultKind::SlowPeer => {
                 ensure!(
                     fault.rank.is_none() && fault.gpu.is_none(),
                     "{name}: the place is a node"
@@ -416,6 +433,8 @@ mod tests {
         assert!(parse("[[fault]]\nname = \"thermal\"\nrank = 4").is_err());
         assert!(parse("[[fault]]\nname = \"thermal\"\ngpu = 1").is_err());
         assert!(parse("[[fault]]\nname = \"slow-link\"\nrank = 1").is_err());
+        assert!(parse("[[fault]]\nname = \"lossy-link\"\ndose = 80").is_err());
+        assert!(parse("[[fault]]\nname = \"slow-peer\"\nrank = 1").is_err());
         assert!(parse("[[fault]]\nname = \"earthquake\"").is_err());
         assert!(parse("[[fault]]\nname = \"thermal\"\ndose = 140").is_err());
         assert!(parse("[[fault]]\nname = \"thermal\"\ndose = \"deafening\"").is_err());

@@ -22,6 +22,7 @@ const PACKAGES: &[(&str, Scope)] = &[
     ("zlib1g-dev", Scope::Run),
     ("libzstd-dev", Scope::Run),
     ("iproute2", Scope::Run),
+    ("nftables", Scope::Run),
     ("util-linux", Scope::Run),
     ("mount", Scope::Run),
     ("e2fsprogs", Scope::Run),

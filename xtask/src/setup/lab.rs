@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use test_cgroups::Tree;
 
 /// Programs the lab starts, most of them in `/usr/sbin`.
-const PROGRAMS: [&str; 9] = [
+const PROGRAMS: [&str; 10] = [
     "ip",
     "tc",
+    "nft",
     "mkfs.ext4",
     "mount",
     "umount",

@@ -5,6 +5,7 @@
 mod api;
 mod bootstrap;
 mod comm;
+mod drain;
 mod extras;
 mod gpu;
 mod local;

@@ -47,6 +47,9 @@ fn step(transfer: &mut Transfer<'_>, scratch: &mut [u8]) -> io::Result<bool> {
         Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
         Ok(count) => {
             transfer.left -= count as u64;
+            if !transfer.sends {
+                crate::drain::pause_after(count);
+            }
             Ok(true)
         }
         Err(error)

@@ -246,7 +246,7 @@ fn leaves_of(fault: FaultKind) -> &'static [&'static str] {
             "comm.skew",
             "comm.net",
         ],
-        FaultKind::SlowLink => &["comm.net"],
+        FaultKind::SlowLink | FaultKind::LossyLink | FaultKind::SlowPeer => &["comm.net"],
         FaultKind::Thermal => &["compute.clock"],
         FaultKind::CoTenant => &["compute.contention"],
         FaultKind::Checkpoint => &["idle.ckpt", "memory.copy"],
@@ -255,9 +255,11 @@ fn leaves_of(fault: FaultKind) -> &'static [&'static str] {
 
 /// The place of a fault, with what follows from it; nothing when it is everywhere.
 fn place(plan: &Plan, fault: &Fault) -> Value {
-    let rank = fault
-        .rank
-        .or_else(|| Some(fault.node? * plan.scenario.topology.gpus_per_node + fault.gpu?));
+    let rank = fault.rank.or_else(|| {
+        // What comes from other nodes is taken in by a node's first rank.
+        let gpu = fault.gpu.or((fault.name == FaultKind::SlowPeer).then_some(0))?;
+        Some(fault.node? * plan.scenario.topology.gpus_per_node + gpu)
+    });
     if let Some(rank) = rank {
         let (node, gpu) = plan.node_of(rank);
         return json!({"node": node.name, "gpu": gpu, "rank": rank});

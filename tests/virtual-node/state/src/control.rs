@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use crate::map::Shareable;
 
+/// Its file in the run's folder, above those of the nodes.
+pub const FILE: &str = "control";
 /// Most ranks a job may have.
 pub const MAX_RANKS: usize = 64;
 
@@ -35,6 +37,8 @@ pub struct RankControl {
     pub abandon: AtomicU32,
     /// Bytes each checkpoint writes.
     pub checkpoint_bytes: AtomicU64,
+    /// What the rank's proxy takes in from other nodes, bytes/s; 0: as fast as it comes.
+    pub drain_bytes_per_s: AtomicU64,
 }
 
 /// One job's knobs.
