@@ -333,12 +333,14 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> P
     }
     // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network. What the links
     // and the bytes say stays.
-    if matches!(of_ports, Pressure::Fabric | Pressure::Receiver(_))
-        && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice()))
+    if matches!(
+        of_ports,
+        Pressure::Fabric | Pressure::Receiver(_) | Pressure::Behind(_)
+    ) && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice()))
     {
         of_ports = Pressure::None;
     }
-    if matches!(of_ports, Pressure::Receiver(_)) && ledger.is_held_back() {
+    if matches!(of_ports, Pressure::Receiver(_) | Pressure::Behind(_)) && ledger.is_held_back() {
         of_ports = Pressure::None;
     }
     let down = |ledger: &Ledger| {

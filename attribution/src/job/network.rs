@@ -27,6 +27,11 @@ const CONGESTED_RTT_PERCENT: u64 = 300;
 /// Share of the busy time in which the receiver, not the network, was the limit, parts per million.
 const RECEIVER_PPM: u64 = 500_000;
 
+/// What has arrived and lies unread in a window shows a process that does not keep up, bytes: a whole burst of a collective
+/// may arrive between two reads of one that does.
+const BEHIND_BYTES: u64 = 512 << 10;
+/// A process does not keep up when it is behind in this share of the windows, parts per million.
+const BEHIND_PPM: u64 = 500_000;
 /// Segments sent again of those sent that show a lossy way, parts per million.
 const LOSSY_PPM: u64 = 1_000;
 /// One way is lossy, or one receiver slow, when it shows this many times what the others show.
@@ -57,6 +62,10 @@ pub(super) struct PortLoad {
     pub(super) line_bytes_per_s: Option<u64>,
     /// Time flows had data to send and their receiver took none, ns, by the receiver.
     pub(super) limited_by: BTreeMap<Receiver, u64>,
+    /// Windows in which a process of the node left unread what had arrived.
+    pub(super) behind_windows: u64,
+    /// The same by process.
+    pub(super) behind: BTreeMap<u32, u64>,
 }
 
 /// Who takes in what a flow sends.
@@ -95,6 +104,17 @@ impl PortLoad {
         mul_div(self.receiver_limited_ns, PPM, self.window_ns)
     }
 
+    /// Share of the windows in which a process of the node left unread what had arrived, parts per million.
+    pub(super) fn behind_ppm(&self) -> u64 {
+        mul_div(PPM, self.behind_windows, self.windows)
+    }
+
+    /// The process that left most unread.
+    pub(super) fn most_behind(&self) -> Option<u32> {
+        let most = self.behind.iter().max_by_key(|(_, windows)| **windows);
+        most.map(|(pid, _)| *pid)
+    }
+
     /// Who took in most slowly.
     pub(super) fn slowest_receiver(&self) -> Option<&Receiver> {
         self.limited_by
@@ -123,6 +143,12 @@ impl PortLoad {
             self.receiver_limited_ns = self
                 .receiver_limited_ns
                 .saturating_add(busiest.receiver_limited_ns);
+        }
+        let behind = |flow: &&FlowFacts| flow.receive_backlog_bytes >= BEHIND_BYTES;
+        let pids: BTreeSet<u32> = facts.flows.iter().filter(behind).map(|flow| flow.pid).collect();
+        self.behind_windows += u64::from(!pids.is_empty());
+        for pid in pids {
+            *self.behind.entry(pid).or_default() += 1;
         }
         // Of one that only receives, round trips are measured too seldom to say anything.
         let sends = |flow: &&FlowFacts| flow.acked_bytes > 0 || flow.busy_ns > 0 || flow.unsent_bytes > 0;
@@ -194,6 +220,8 @@ pub(super) enum Pressure {
     Lossy(usize),
     /// Nowhere: who takes in what one port sends, by its position in the loads, does so slowly.
     Receiver(usize),
+    /// Nowhere: what arrives by one port, by its position in the loads, is left unread.
+    Behind(usize),
     /// Where the devices say: a port, a link or the way between two, which is that cause.
     Link(Cause),
     /// Between the ports.
@@ -275,6 +303,9 @@ pub(super) fn pressure(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Press
     if let Some(at) = slow_receiver(loads, before) {
         return Pressure::Receiver(at);
     }
+    if let Some(at) = behind(loads, before) {
+        return Pressure::Behind(at);
+    }
     let busy = loads.iter().any(|load| {
         let more = load.busy_ppm() >= BUSY_PPM && load.busy_ppm() * 2 >= normal(load).2 * 3;
         more && load.is_congested()
@@ -316,6 +347,15 @@ fn slow_receiver(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Option<usiz
     let by_receiver = mul_div(load.receiver_limited_ns, PPM, load.busy_ns.max(1)) >= RECEIVER_PPM;
     let normal = earlier(load, before).map_or(0, PortLoad::limited_ppm);
     (by_receiver && limited[at] >= normal.saturating_mul(STANDS_OUT)).then_some(at)
+}
+
+/// The one port with a process that leaves unread what arrives, far more than the other nodes', and than it used to. Deep
+/// buffers hide such a process from its senders for long.
+fn behind(loads: &[PortLoad], before: Option<&[PortLoad]>) -> Option<usize> {
+    let shares: Vec<u64> = loads.iter().map(PortLoad::behind_ppm).collect();
+    let at = standing_out(loads, &shares, BEHIND_PPM)?;
+    let normal = earlier(&loads[at], before).map_or(0, PortLoad::behind_ppm);
+    (shares[at] >= normal.saturating_mul(STANDS_OUT)).then_some(at)
 }
 
 /// The one port whose line is far slower than every other node's, and that sends no less of the time than they do.
@@ -499,6 +539,29 @@ mod tests {
         );
         let both = [waiting("a", 550_000), waiting("b", 500_000)];
         assert!(!matches!(pressure(&both, None), Pressure::Receiver(_)));
+    }
+
+    #[test]
+    fn a_process_that_leaves_unread_what_arrives_is_not_the_network() {
+        let unread = |node: &str, behind_windows| PortLoad {
+            behind_windows,
+            behind: [(7, behind_windows), (8, 1)].into(),
+            rtt_percent: 5_000,
+            ..load(node, 0, 600_000, 0)
+        };
+        let loads = [unread("a", 10), unread("b", 90)];
+        assert_eq!(pressure(&loads, None), Pressure::Behind(1));
+        assert_eq!(loads[1].most_behind(), Some(7));
+        let before = [unread("a", 10), unread("b", 60)];
+        assert_eq!(
+            pressure(&loads, Some(&before)),
+            Pressure::None,
+            "it is as far behind as ever, and no flow is busier"
+        );
+        assert_eq!(
+            pressure(&[unread("a", 80), unread("b", 90)], None),
+            Pressure::Fabric
+        );
     }
 
     #[test]

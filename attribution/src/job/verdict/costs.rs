@@ -138,7 +138,7 @@ pub(in crate::job) fn cause_of(leaf: Leaf, rank: &RankLedger, pressure: Pressure
         Leaf::ComputeKernel => Cause::JobImbalance,
         Leaf::CommNet => match pressure {
             Pressure::Fabric | Pressure::Lossy(_) => Cause::NetworkFabric,
-            Pressure::Receiver(_) => Cause::HostReceiver,
+            Pressure::Receiver(_) | Pressure::Behind(_) => Cause::HostReceiver,
             Pressure::Link(cause) => cause,
             Pressure::Nvlink => Cause::NetworkNvlink,
             Pressure::Config => Cause::NetworkConfig,

@@ -64,6 +64,19 @@ fn near_largest(values: &[u64], percent: u64) -> Vec<usize> {
         .collect()
 }
 
+/// A process of a node, by its rank if it has one.
+fn process_place(subjects: &[&GpuSubject], node: &str, pid: Option<u32>) -> Place {
+    let of = |subject: &&&GpuSubject| subject.node == node && Some(subject.pid) == pid;
+    let only_node = || Place {
+        node: Some(node.to_owned()),
+        ..Place::default()
+    };
+    subjects
+        .iter()
+        .find(of)
+        .map_or_else(only_node, |subject| rank_place(subject))
+}
+
 /// The place the hit ranks share.
 pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledger: &Ledger) -> Place {
     match (cause, ledger.pressure) {
@@ -92,14 +105,11 @@ pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledge
             let Some(receiver) = ledger.ports[at].slowest_receiver() else {
                 return Place::default();
             };
-            let subject = subjects
-                .iter()
-                .find(|subject| subject.node == receiver.node && Some(subject.pid) == receiver.pid);
-            let node = || Place {
-                node: Some(receiver.node.clone()),
-                ..Place::default()
-            };
-            return subject.map_or_else(node, |subject| rank_place(subject));
+            return process_place(subjects, &receiver.node, receiver.pid);
+        }
+        (Cause::HostReceiver, Pressure::Behind(at)) => {
+            let port = &ledger.ports[at];
+            return process_place(subjects, &port.node, port.most_behind());
         }
         (Cause::NetworkNic, Pressure::Port(at)) => {
             let port = &ledger.ports[at];

@@ -331,7 +331,8 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
             format!("{} {}", port.node, port.port),
             format!(
                 "queue held packets back in {} of windows, backlog up to {} KiB, unsent up to {} KiB, {} retransmits \
-                 ({} of segments), receiver took nothing for {}, {} MB/s{line} sent",
+                 ({} of segments), receiver took nothing for {}, {} MB/s{line} sent, what arrived left unread in {} of \
+                 windows",
                 percent(port.held_ppm()),
                 port.backlog_bytes / 1024,
                 port.unsent_bytes / 1024,
@@ -339,6 +340,7 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
                 percent(port.lost_ppm()),
                 percent(port.limited_ppm()),
                 port.sent_bytes_per_s() / 1_000_000,
+                percent(port.behind_ppm()),
             ),
             expected.into(),
         ));
