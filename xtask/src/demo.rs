@@ -15,7 +15,7 @@ use crate::progress::Progress;
 use crate::{OutputFormat, build, setup};
 
 /// Every fault the demo can inject.
-pub const FAULTS: [&str; 11] = [
+pub const FAULTS: [&str; 12] = [
     "none",
     "loader-cpu",
     "storage",
@@ -24,6 +24,7 @@ pub const FAULTS: [&str; 11] = [
     "slow-link",
     "lossy-link",
     "slow-peer",
+    "pcie-width",
     "thermal",
     "co-tenant",
     "checkpoint",

@@ -11,7 +11,7 @@ use test_cgroups::{CPU_PERIOD_US, Transfer};
 use virtual_node_state::PPM;
 use virtual_node_state::clock::{now_ns, unix_ns};
 use virtual_node_state::control::{Control, RankControl};
-use virtual_node_state::gpu::{Gpu, reason};
+use virtual_node_state::gpu::{Gpu, PCIE_LANES, reason};
 use virtual_node_state::power::REFERENCE_MHZ;
 
 use crate::plan::Plan;
@@ -197,6 +197,11 @@ impl Switch {
                     .iter()
                     .filter(first)
                     .for_each(|rank| knobs(rank).drain_bytes_per_s.store(rate, SeqCst));
+            }
+            FaultKind::PcieWidth => {
+                let lanes = if on { amount as u32 } else { PCIE_LANES };
+                let gpus = ranks.iter().map(|rank| &scene.gpus[*rank as usize]);
+                gpus.for_each(|gpu| gpu.pcie_lanes.store(lanes, SeqCst));
             }
             FaultKind::Thermal => {
                 let mhz = (amount / 100.0 * f64::from(REFERENCE_MHZ)) as u32;

@@ -68,6 +68,8 @@ pub(crate) struct Job {
     pub(crate) decode_ms: f64,
     /// Bytes read for a batch, and copied to the GPU.
     pub(crate) sample_mib: u64,
+    /// Bytes of optimiser state that each rank keeps on its host: copied there and back in every step; 0 none.
+    pub(crate) offload_mib: u64,
     /// Steps between checkpoints; 0 none.
     pub(crate) checkpoint_every: u32,
     /// Bytes each rank writes per checkpoint.
@@ -94,6 +96,7 @@ impl Default for Job {
             prefetch: 2,
             decode_ms: 30.0,
             sample_mib: 2,
+            offload_mib: 0,
             checkpoint_every: 0,
             checkpoint_mib: 8,
         }
@@ -112,6 +115,7 @@ pub(crate) enum FaultKind {
     SlowLink,
     LossyLink,
     SlowPeer,
+    PcieWidth,
     Thermal,
     CoTenant,
     Checkpoint,
@@ -191,6 +195,7 @@ impl FaultKind {
             Self::SlowLink => "slow-link",
             Self::LossyLink => "lossy-link",
             Self::SlowPeer => "slow-peer",
+            Self::PcieWidth => "pcie-width",
             Self::Thermal => "thermal",
             Self::CoTenant => "co-tenant",
             Self::Checkpoint => "checkpoint",
@@ -208,6 +213,7 @@ impl FaultKind {
             Self::SlowLink => "network.nic",
             Self::LossyLink => "network.fabric",
             Self::SlowPeer => "host.receiver",
+            Self::PcieWidth => "device.pcie",
             Self::Thermal => "device.thermal",
             Self::CoTenant => "device.contention",
             Self::Checkpoint => "job.checkpoint",
@@ -236,6 +242,7 @@ impl Fault {
                 bits / (job.step_s() * pick(1.3, 0.25, 0.05)) / 1e6
             }
             FaultKind::LossyLink => pick(8.0, 1.0, 0.01),
+            FaultKind::PcieWidth => pick(4.0, 8.0, 12.0),
             FaultKind::Thermal => pick(65.0, 93.0, 99.0),
             FaultKind::CoTenant => pick(35.0, 8.0, 1.0),
             FaultKind::Checkpoint => pick(2.0, 0.4, 0.03),
@@ -336,6 +343,7 @@ impl Scenario {
             (1..=64).contains(&job.sample_mib),
             "job.sample_mib must be 1 to 64"
         );
+        ensure!(job.offload_mib <= 16_384, "job.offload_mib must be at most 16384");
         ensure!(
             (1..=1_024).contains(&job.gradient_mib),
             "job.gradient_mib must be 1 to 1024"
@@ -387,6 +395,10 @@ impl Scenario {
                 "{name}: dose is 1 to 85 % of the SMs"
             ),
             FaultKind::CpuQuota => ensure!(amount >= 1.0, "{name}: dose is at least 1 % of a core"),
+            FaultKind::PcieWidth => ensure!(
+                [1.0, 2.0, 4.0, 8.0, 12.0, 16.0].contains(&amount),
+                "{name}: dose is 1, 2, 4, 8, 12 or 16 lanes"
+            ),
             FaultKind::LossyLink => {
                 ensure!(
                     fault.rank.is_none() && fault.gpu.is_none(),
@@ -435,6 +447,7 @@ mod tests {
         assert!(parse("[[fault]]\nname = \"slow-link\"\nrank = 1").is_err());
         assert!(parse("[[fault]]\nname = \"lossy-link\"\ndose = 80").is_err());
         assert!(parse("[[fault]]\nname = \"slow-peer\"\nrank = 1").is_err());
+        assert!(parse("[[fault]]\nname = \"pcie-width\"\ndose = 7").is_err());
         assert!(parse("[[fault]]\nname = \"earthquake\"").is_err());
         assert!(parse("[[fault]]\nname = \"thermal\"\ndose = 140").is_err());
         assert!(parse("[[fault]]\nname = \"thermal\"\ndose = \"deafening\"").is_err());

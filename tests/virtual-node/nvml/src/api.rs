@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use virtual_node_state::activity::Totals;
 use virtual_node_state::clock::now_ns;
-use virtual_node_state::gpu::{Gpu, MEMORY_BYTES, PCI_DEVICE_ID, reason};
+use virtual_node_state::gpu::{Gpu, MEMORY_BYTES, PCI_DEVICE_ID, PCIE_LANES, reason};
 use virtual_node_state::power::LIMIT_MW;
 
 use crate::layout::{Memory, MemoryV2, PciInfo, Utilization};
@@ -417,13 +417,13 @@ unsafe extern "C" fn nvmlDeviceGetMaxPcieLinkGeneration(of: Device, to: *mut c_u
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlDeviceGetCurrPcieLinkWidth(of: Device, to: *mut c_uint) -> Status {
     // SAFETY: the caller's out-pointer.
-    unsafe { answer(to, device(of).map(|_| 16)) }
+    unsafe { answer(to, device(of).map(|gpu| gpu.pcie_lanes.load(Relaxed))) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlDeviceGetMaxPcieLinkWidth(of: Device, to: *mut c_uint) -> Status {
     // SAFETY: the caller's out-pointer.
-    unsafe { answer(to, device(of).map(|_| 16)) }
+    unsafe { answer(to, device(of).map(|_| PCIE_LANES)) }
 }
 
 #[unsafe(no_mangle)]

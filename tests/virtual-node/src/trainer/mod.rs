@@ -25,6 +25,8 @@ use kernels::Kernels;
 use loader::Loaders;
 use spans::{Span, SpanKind, Spans};
 
+/// The pinned buffer through which the device's memory goes to the host and back.
+const HOST_BUFFER_BYTES: usize = 64 << 20;
 /// Launches between two entries of the host's log.
 const LAUNCHES_PER_SPAN: u32 = 8;
 
@@ -79,7 +81,7 @@ pub(crate) fn run(dir: &Path, rank: u32) -> anyhow::Result<()> {
         staging: device.allocate_pinned(usize::try_from(job.sample_bytes())?)?,
         batch: device.allocate(usize::try_from(job.sample_bytes())?)?,
         gradients: device.allocate(60 << 30)?,
-        loss: device.allocate_pinned(64 << 20)?,
+        loss: device.allocate_pinned(HOST_BUFFER_BYTES)?,
         spans: Spans::create(&spans::path(node, rank))?,
         control,
         device,
@@ -183,10 +185,18 @@ impl Trainer {
         self.device.wait(self.compute, self.batch_ready)?;
         self.forward()?;
         self.backward()?;
+        for bytes in self.offloaded() {
+            self.device
+                .copy_to_device(self.gradients, self.loss, bytes, self.compute)?;
+        }
         self.run(
             &[self.kernels.optimiser],
             self.plan.scenario.job.optimiser_kernels,
         )?;
+        for bytes in self.offloaded() {
+            self.device
+                .copy_to_host(self.loss, self.gradients, bytes, self.compute)?;
+        }
         self.device
             .copy_to_host(self.loss, self.gradients, 4, self.compute)?;
         if synchronise {
@@ -196,6 +206,15 @@ impl Trainer {
             self.span(SpanKind::Sync, begin, [delay_ns, 0, 0])?;
         }
         Ok(())
+    }
+
+    /// Sizes of the copies in which optimiser state goes one way.
+    fn offloaded(&self) -> impl Iterator<Item = usize> + use<> {
+        const MOST_MIB: u64 = HOST_BUFFER_BYTES as u64 >> 20;
+        let mib = self.plan.scenario.job.offload_mib;
+        (0..mib)
+            .step_by(MOST_MIB as usize)
+            .map(move |done| (mib - done).min(MOST_MIB) as usize * (1 << 20))
     }
 
     fn forward(&mut self) -> anyhow::Result<()> {
@@ -280,7 +299,7 @@ impl Trainer {
         // The weights come over in a burst; what is written is this rank's shard.
         for _ in 0..16 {
             self.device
-                .copy_to_host(self.loss, self.gradients, 64 << 20, self.compute)?;
+                .copy_to_host(self.loss, self.gradients, HOST_BUFFER_BYTES, self.compute)?;
         }
         self.device.synchronize(self.compute)?;
         let bytes = self.knobs().checkpoint_bytes.load(SeqCst);

@@ -247,6 +247,7 @@ fn leaves_of(fault: FaultKind) -> &'static [&'static str] {
             "comm.net",
         ],
         FaultKind::SlowLink | FaultKind::LossyLink | FaultKind::SlowPeer => &["comm.net"],
+        FaultKind::PcieWidth => &["memory.pcie"],
         FaultKind::Thermal => &["compute.clock"],
         FaultKind::CoTenant => &["compute.contention"],
         FaultKind::Checkpoint => &["idle.ckpt", "memory.copy"],

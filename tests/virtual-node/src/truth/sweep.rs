@@ -106,8 +106,8 @@ pub(super) fn tile(records: &[Record], spans: &[Span], from: u64, to: u64) -> Ve
         collective(record, start, end, &mut pieces)
     });
     let copies = of(&|record| matches!(record.kind, Kind::ToDevice | Kind::ToHost));
-    gaps = fill(&gaps, &copies, |_, start, end| {
-        pieces.push(Piece::whole(start, end, "memory.copy"))
+    gaps = fill(&gaps, &copies, |record, start, end| {
+        pieces.push(copy(record, start, end))
     });
     idle(&gaps, spans, &mut pieces);
     pieces.sort_by_key(|piece| piece.start_ns);
@@ -183,6 +183,16 @@ fn kernel(record: &Record, start_ns: u64, end_ns: u64) -> Piece {
         end_ns,
         parts: sums.into_iter().collect(),
     }
+}
+
+/// A copy's time: at the rate of a whole link, then what the lanes that are missing cost it.
+fn copy(record: &Record, start_ns: u64, end_ns: u64) -> Piece {
+    let slower = (record.end_ns - record.start_ns).saturating_sub(record.reference_ns);
+    Piece::shared(
+        start_ns,
+        end_ns,
+        &[("memory.copy", record.reference_ns), ("memory.pcie", slower)],
+    )
 }
 
 /// A collective's exposed time: waiting for the last rank, what the bytes need, what they took beyond, the tail.

@@ -18,6 +18,8 @@ pub const MEMORY_BYTES: u64 = 85_520_809_984;
 pub const SM_COUNT: u32 = 132;
 /// Rate of a copy over PCIe 5 x16 from pinned memory, bytes/s per direction.
 pub const PCIE_BYTES_PER_S: u64 = 55_000_000_000;
+/// Lanes of the device and of its slot.
+pub const PCIE_LANES: u32 = 16;
 
 /// Clock-event reason bits, as NVML numbers them.
 pub mod reason {
@@ -107,6 +109,8 @@ pub struct Gpu {
     pub sm_mhz: AtomicU32,
     /// Temperature, degrees Celsius.
     pub temperature_c: AtomicU32,
+    /// Lanes of its PCIe link that were trained.
+    pub pcie_lanes: AtomicU32,
     /// Clock-event reasons now; `reason::IDLE` is added by readers.
     pub reasons: AtomicU64,
     /// Held back by the driver's thermal control.
@@ -147,6 +151,7 @@ impl Gpu {
         }
         gpu.sm_mhz.store(REFERENCE_MHZ, Relaxed);
         gpu.temperature_c.store(58, Relaxed);
+        gpu.pcie_lanes.store(PCIE_LANES, Relaxed);
         gpu.settled.until_ns.store(whole_buckets(now_ns()), Relaxed);
         gpu.magic.store(MAGIC, SeqCst);
         Ok(gpu)

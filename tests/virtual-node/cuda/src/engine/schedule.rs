@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use virtual_node_state::PPM;
 use virtual_node_state::activity::Load;
-use virtual_node_state::gpu::{Gpu, PCIE_BYTES_PER_S};
+use virtual_node_state::gpu::{Gpu, PCIE_BYTES_PER_S, PCIE_LANES};
 use virtual_node_state::log::{Kind, Record, Writer};
 use virtual_node_state::map::Shared;
 use virtual_node_state::power::{REFERENCE_MHZ, active_mw};
@@ -253,8 +253,11 @@ impl State {
             return start_ns;
         };
         let wire_ns = u128::from(bytes) * 1_000_000_000 / u128::from(PCIE_BYTES_PER_S);
-        let reference_ns = u64::try_from(wire_ns).unwrap_or(u64::MAX / 2) + COPY_LATENCY_NS;
-        let end_ns = start_ns + reference_ns;
+        let wire_ns = u64::try_from(wire_ns).unwrap_or(u64::MAX / 32);
+        let reference_ns = wire_ns + COPY_LATENCY_NS;
+        let lanes = held.gpu.pcie_lanes.load(Relaxed).clamp(1, PCIE_LANES);
+        let alone_ns = wire_ns.saturating_mul(PCIE_LANES.into()) / u64::from(lanes) + COPY_LATENCY_NS;
+        let end_ns = start_ns + alone_ns;
         let (to_device_bytes, to_host_bytes) = if kind == Kind::ToDevice {
             (bytes, 0)
         } else {
@@ -273,7 +276,7 @@ impl State {
             start_ns,
             end_ns,
             reference_ns,
-            alone_ns: reference_ns,
+            alone_ns,
             bytes,
             ..Record::new(kind)
         });
