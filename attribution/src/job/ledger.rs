@@ -194,6 +194,29 @@ impl Ledger {
     pub(super) fn is_held_back(&self) -> bool {
         self.ranks.iter().any(RankLedger::is_held_back)
     }
+
+    /// Bytes the ports send for a byte that the collectives were given, parts per million. Both are taken as rates, because
+    /// what watches the ports may begin later than what counts the calls; `None` where it saw too little of the regime.
+    fn on_wire_ppm(&self) -> Option<u64> {
+        let length_ns = self.window.len_ns();
+        let covers = |ns: u64| ns >= mul_div(length_ns, COVERED_PPM, PPM);
+        if !self.ports.iter().all(|port| covers(port.window_ns)) {
+            return None;
+        }
+        let sent = self
+            .ports
+            .iter()
+            .map(|port| mul_div(port.sent_bytes, length_ns, port.window_ns));
+        let given = self
+            .ranks
+            .iter()
+            .map(|rank| mul_div(rank.comm_bytes, length_ns, rank.window_ns));
+        let (sent, given) = (
+            sent.fold(0, u64::saturating_add),
+            given.fold(0, u64::saturating_add),
+        );
+        (sent > 0 && given > 0).then(|| mul_div(sent, PPM, given))
+    }
 }
 
 /// The ledgers of all regimes, communication split into waiting, transfer, slow network and the rest.
@@ -294,6 +317,8 @@ const HELD_BACK_PPM: u64 = 40_000;
 /// A thread that wants a CPU for this share of its time runs on a host with too few, parts per million.
 const STARVED_PPM: u64 = 100_000;
 
+/// Share of a regime that a port must have been watched, parts per million, for its bytes to be compared.
+const COVERED_PPM: u64 = 500_000;
 /// More bytes on the wire for the same payload than in the healthy regime, parts per million: another algorithm.
 const WASTEFUL_PPM: u64 = 1_150_000;
 
@@ -354,21 +379,13 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> P
     if down(ledger) > base.map_or(0, down) {
         return Pressure::Nvlink;
     }
-    let on_wire = |ledger: &Ledger| {
-        let sent = ledger
-            .ports
-            .iter()
-            .map(|port| port.sent_bytes)
-            .fold(0, u64::saturating_add);
-        let payload = ledger
-            .ranks
-            .iter()
-            .map(|rank| rank.comm_bytes)
-            .fold(0, u64::saturating_add);
-        mul_div(sent, PPM, payload)
-    };
-    let before = base.map_or(0, on_wire);
-    if before > 0 && on_wire(ledger) >= mul_div(before, WASTEFUL_PPM, PPM) {
+    // A process that takes nothing in is a nearer reason than what it does to the bytes.
+    if matches!(of_ports, Pressure::Receiver(_) | Pressure::Behind(_)) {
+        return of_ports;
+    }
+    if let (Some(now), Some(before)) = (ledger.on_wire_ppm(), base.and_then(Ledger::on_wire_ppm))
+        && now >= mul_div(before, WASTEFUL_PPM, PPM)
+    {
         return Pressure::Config;
     }
     of_ports
@@ -588,5 +605,52 @@ mod tests {
             "as before"
         );
         assert!(!is_starved(&[], None));
+    }
+
+    /// Two nodes that ran for 10 s and sent `per_s` a second while `watched_s` of them were watched.
+    fn running(per_s: u64, watched_s: u64) -> Ledger {
+        let second = 1_000_000_000;
+        let port = |node: &str| PortLoad {
+            node: node.into(),
+            sent_bytes: per_s * watched_s,
+            window_ns: watched_s * second,
+            ..PortLoad::default()
+        };
+        let rank = || RankLedger {
+            comm_bytes: 20_000_000,
+            window_ns: 10 * second,
+            ..RankLedger::default()
+        };
+        Ledger {
+            steps: 0..20,
+            window: Window::new(5 * second, 15 * second).unwrap_or_default(),
+            ranks: vec![rank(), rank()],
+            ports: vec![port("a"), port("b")],
+            pressure: Pressure::None,
+            link: None,
+            baseline: None,
+            total_ns: 20 * second,
+            median_step_ns: second / 2,
+            noise_ppm: 0,
+            late_steps: 0,
+        }
+    }
+
+    #[test]
+    fn another_algorithm_is_told_by_rates_of_bytes() {
+        let whole = running(3_000_000, 10);
+        let before = running(2_000_000, 7);
+        assert_eq!(pressure(&whole, Some(&before), None), Pressure::Config);
+        let late = running(3_000_000, 7);
+        assert_eq!(
+            pressure(&whole, Some(&late), None),
+            Pressure::None,
+            "the same rate, watched from later on"
+        );
+        assert_eq!(
+            pressure(&whole, Some(&running(2_000_000, 3)), None),
+            Pressure::None,
+            "watched too little to tell"
+        );
     }
 }
