@@ -35,7 +35,7 @@ enum What {
     /// `stallscope explain` on a real trace repeated to each size, plain and once packed
     Explain {
         /// Sizes of the text, millions of bytes; the disk must hold the largest twice
-        #[arg(long, value_delimiter = ',', default_value = "300,1200")]
+        #[arg(long, value_delimiter = ',', default_value = "300,1000,3000")]
         megabytes: Vec<u64>,
     },
 }
