@@ -4,6 +4,7 @@
 //! `CLOCK_MONOTONIC` nanoseconds.
 
 use stallscope_attribution::facts::{FlowFacts, HardwareFacts, LinkFacts, PortFacts};
+pub use stallscope_attribution::facts::{StepWait, StepWaits};
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
@@ -257,40 +258,6 @@ pub struct CommCreated {
     pub result: i32,
     /// It was not seen being made, but found in use: it is older than the agent, and how many calls it has had is unknown.
     pub found_in_use: bool,
-}
-
-/// What the network steps of one thread waited for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StepWaits {
-    /// Sending: for the GPU to produce the data.
-    pub send_gpu: StepWait,
-    /// Sending: for the receiver's credit; `None` where this NCCL does not tell it from waiting for the GPU.
-    pub send_credit: Option<StepWait>,
-    /// Sending: for the network.
-    pub send_wire: StepWait,
-    /// Receiving: for the data to arrive, because of the network or a late sender.
-    pub receive_wire: StepWait,
-    /// Receiving: for the data to be flushed to the GPU's memory.
-    pub receive_flush: StepWait,
-    /// Receiving: for the GPU to consume the data.
-    pub receive_gpu: StepWait,
-    /// Steps sent.
-    pub sent: u64,
-    /// Steps received.
-    pub received: u64,
-    /// Changes to a state without a known meaning.
-    pub unknown: u64,
-}
-
-/// One wait in a window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StepWait {
-    /// Time of all steps in it, summed, ns: more than the window when many waited at a time.
-    pub steps_ns: u64,
-    /// Time in which at least one step was in it, ns.
-    pub any_ns: u64,
-    /// Steps that entered it.
-    pub entered: u64,
 }
 
 /// A collective, send or receive.

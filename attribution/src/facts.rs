@@ -5,6 +5,7 @@
 
 mod device;
 mod hardware;
+mod waits;
 
 use crate::budget::Budget;
 use crate::leaf::Leaf;
@@ -16,6 +17,7 @@ pub use hardware::{
     AerSeverity, Counter, DeviceEvent, DeviceEventKind, HardwareFact, HardwareFacts, PciDevice, PciKind,
     PciLink, QueuePair, RdmaPort,
 };
+pub use waits::{ProcessWaits, StepWait, StepWaits};
 
 /// One million parts, the unit of every share in this crate.
 pub const PPM: u64 = 1_000_000;

@@ -8,7 +8,7 @@ use stallscope_proto::v1::observation::Fact as Wire;
 
 use crate::observation::{
     Collective, CollectiveFunction, CommCreated, CopyDirection, Fact, FileOp, GpuReading, Observation,
-    OffCpuReason, ProcessFacts, ProcessKey, ProcessRole, StepWait, StepWaits, SyncTarget, Thread,
+    OffCpuReason, ProcessFacts, ProcessKey, ProcessRole, SyncTarget, Thread,
 };
 use crate::sources::nccl_profiler;
 
@@ -54,7 +54,7 @@ fn fact(wire: Wire) -> Result<Fact, WireError> {
             found_in_use: created.found_in_use,
         }),
         Wire::StepWaits(waits) => Fact::StepWaits {
-            waits: Box::new(step_waits(&waits)?),
+            waits: Box::new((&waits).try_into()?),
             thread: thread(waits.thread)?,
         },
         Wire::CommDestroyed(destroyed) => Fact::CommDestroyed {
@@ -178,27 +178,6 @@ fn thread(wire: Option<v1::Thread>) -> Result<Thread, WireError> {
     Ok(Thread {
         process: key(wire.process)?,
         tid: wire.tid,
-    })
-}
-
-/// A wait that is absent was not told apart, which only one of them may be.
-fn step_waits(wire: &v1::StepWaits) -> Result<StepWaits, WireError> {
-    let wait = |wait: v1::StepWait| StepWait {
-        steps_ns: wait.steps_ns,
-        any_ns: wait.any_ns,
-        entered: wait.entered,
-    };
-    let needed = |of: Option<v1::StepWait>, field| of.map(wait).ok_or(WireError::Missing { field });
-    Ok(StepWaits {
-        send_gpu: needed(wire.send_gpu, "step_waits.send_gpu")?,
-        send_credit: wire.send_credit.map(wait),
-        send_wire: needed(wire.send_wire, "step_waits.send_wire")?,
-        receive_wire: needed(wire.receive_wire, "step_waits.receive_wire")?,
-        receive_flush: needed(wire.receive_flush, "step_waits.receive_flush")?,
-        receive_gpu: needed(wire.receive_gpu, "step_waits.receive_gpu")?,
-        sent: wire.sent,
-        received: wire.received,
-        unknown: wire.unknown,
     })
 }
 

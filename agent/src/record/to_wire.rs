@@ -6,7 +6,7 @@ use stallscope_proto::v1::observation::Fact as Wire;
 
 use crate::observation::{
     CollectiveFunction, CopyDirection, Fact, FileOp, GpuReading, Observation, OffCpuReason, ProcessFacts,
-    ProcessKey, ProcessRole, StepWait, StepWaits, SyncTarget, Thread,
+    ProcessKey, ProcessRole, SyncTarget, Thread,
 };
 
 /// The message of an observation.
@@ -15,26 +15,6 @@ pub(super) fn observation(observation: &Observation) -> v1::Observation {
         start_ns: observation.window.start_ns(),
         len_ns: observation.window.len_ns(),
         fact: Some(fact(&observation.fact)),
-    }
-}
-
-fn step_waits(of: Thread, waits: &StepWaits) -> v1::StepWaits {
-    let wait = |wait: StepWait| v1::StepWait {
-        steps_ns: wait.steps_ns,
-        any_ns: wait.any_ns,
-        entered: wait.entered,
-    };
-    v1::StepWaits {
-        thread: thread(of),
-        send_gpu: Some(wait(waits.send_gpu)),
-        send_credit: waits.send_credit.map(wait),
-        send_wire: Some(wait(waits.send_wire)),
-        receive_wire: Some(wait(waits.receive_wire)),
-        receive_flush: Some(wait(waits.receive_flush)),
-        receive_gpu: Some(wait(waits.receive_gpu)),
-        sent: waits.sent,
-        received: waits.received,
-        unknown: waits.unknown,
     }
 }
 
@@ -53,7 +33,10 @@ fn fact(fact: &Fact) -> Wire {
             device: created.device,
             found_in_use: created.found_in_use,
         }),
-        Fact::StepWaits { thread: of, waits } => Wire::StepWaits(step_waits(*of, waits)),
+        Fact::StepWaits { thread: of, waits } => Wire::StepWaits(v1::StepWaits {
+            thread: thread(*of),
+            ..(&**waits).into()
+        }),
         Fact::CommDestroyed { thread: of, comm } => Wire::CommDestroyed(v1::CommDestroyed {
             thread: thread(*of),
             comm: *comm,

@@ -18,6 +18,8 @@ mod reorder;
 mod steps;
 mod stream_order;
 mod subject;
+mod told;
+mod waits;
 mod workers;
 
 #[cfg(test)]
@@ -30,25 +32,20 @@ use std::sync::Arc;
 
 use stallscope_attribution::budget::{self, Budget};
 use stallscope_attribution::facts::{
-    DeviceEvent, DeviceEventKind, GpuStep, GpuSubject, HardwareFact, HardwareFacts, PortFacts, RecordGap,
-    Span, SpanKind,
+    GpuStep, GpuSubject, HardwareFacts, PortFacts, RecordGap, Span, SpanKind,
 };
 use stallscope_attribution::time::Window;
 
 pub use process::{FIXED_NS, LONGEST_STEP_NS, SEARCH_NS, SETTLE_NS};
 pub use reorder::HOLD_NS;
 
-use crate::observation::{Fact, GpuReading, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
+use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
 use crate::sources::nccl_profiler;
 use endings::Endings;
 use gpu::GpuCounters;
 use process::{Cut, CutKind, Process};
 use subject::DeviceIdentity;
 
-/// How long GPU readings are kept, ns: as long as a window can still ask for them.
-const KEEP_READINGS_NS: u64 = LONGEST_STEP_NS + 2 * SEARCH_NS;
-/// Faults that programs on the GPU cause, not the GPU: out of bounds, page fault, reset channel, clean-up after another.
-const APPLICATION_XIDS: [u32; 4] = [13, 31, 43, 45];
 const MOST_PROCESSES: usize = 1_024;
 const MOST_HELPERS: usize = 16_384;
 
@@ -117,6 +114,7 @@ pub struct Timeline {
     devices: BTreeMap<u32, DeviceIdentity>,
     resume: Vec<(GpuSubject, u64)>,
     endings: Endings,
+    waits: waits::Folding,
     counters: Counters,
 }
 
@@ -135,6 +133,7 @@ impl Timeline {
             devices: BTreeMap::new(),
             resume: Vec::new(),
             endings: Endings::default(),
+            waits: waits::Folding::default(),
             counters: Counters::default(),
         }
     }
@@ -182,6 +181,9 @@ impl Timeline {
         let Observation { window, fact } = observation;
         self.clock_ns = self.clock_ns.max(window.end_ns());
         self.name_endings(events);
+        for folded in self.waits.due(self.clock_ns) {
+            self.tell_waits(folded, events);
+        }
         match fact {
             Fact::Process(facts) => self.process(*facts, window),
             Fact::ProcessGone(key) => {
@@ -197,6 +199,9 @@ impl Timeline {
             Fact::Hardware(facts) => self.hardware(facts, events),
             Fact::Lost { ring, count } => self.lost(ring, count, window, events),
             Fact::RealtimeOffset { ns } => self.realtime_offset_ns = ns,
+            Fact::StepWaits { thread, waits } if self.processes.contains_key(&thread.process) => {
+                self.waits.add(thread.process, window, &waits);
+            }
             fact => self.thread_fact(window, &fact),
         }
         self.settle(events);
@@ -236,38 +241,6 @@ impl Timeline {
         {
             process.observe_helper(window, fact);
         }
-    }
-
-    fn gpu_reading(&mut self, window: Window, reading: &GpuReading) {
-        let counters = self.gpus.entry(reading.gpu).or_default();
-        counters.add(window, reading);
-        counters.prune(self.clock_ns.saturating_sub(KEEP_READINGS_NS));
-        self.devices.entry(reading.gpu).or_default().learn(reading);
-        for process in self.processes.values_mut() {
-            if process.facts.gpu.is_none() && subject::sees_process(reading, process.facts.key.pid) {
-                process.gpu_seen = Some(reading.gpu);
-            }
-            if process.gpu() == Some(reading.gpu) {
-                process.ratio.add(reading);
-            }
-        }
-    }
-
-    /// Passes on what a device told. A fault of a GPU is evidence of its steps too.
-    fn hardware(&mut self, facts: Box<HardwareFacts>, events: &mut Vec<Event>) {
-        if let HardwareFact::Event(DeviceEvent {
-            pci,
-            kind: DeviceEventKind::Xid { code, .. },
-        }) = &facts.fact
-            && !APPLICATION_XIDS.contains(code)
-        {
-            let of_gpu = |device: &DeviceIdentity| device.is_at(pci);
-            let gpu = self.devices.iter().find(|(_, device)| of_gpu(device));
-            if let Some(counters) = gpu.and_then(|(gpu, _)| self.gpus.get_mut(gpu)) {
-                counters.fault(facts.window.start_ns(), *code);
-            }
-        }
-        events.push(Event::Hardware(facts));
     }
 
     fn lost(&mut self, ring: &'static str, count: u64, window: Window, events: &mut Vec<Event>) {
@@ -337,6 +310,9 @@ impl Timeline {
 
     /// Ends the account of a process.
     fn gone(&mut self, key: ProcessKey, at_ns: u64, events: &mut Vec<Event>) {
+        if let Some(folded) = self.waits.gone(key) {
+            self.tell_waits(folded, events);
+        }
         let Some(process) = self.processes.get_mut(&key) else {
             return;
         };

@@ -1,5 +1,6 @@
 //! What the devices of a node told about themselves and their links: RDMA ports and queue pairs, PCIe links, faults.
 
+use super::ProcessWaits;
 use crate::reading::Reading;
 use crate::time::Window;
 
@@ -23,6 +24,8 @@ pub enum HardwareFact {
     RdmaPort(RdmaPort),
     /// A queue pair of a traced process.
     QueuePair(QueuePair),
+    /// What the network steps of a traced process waited for.
+    Waits(Box<ProcessWaits>),
     /// A PCI device: where it sits, its link, its error counters.
     Pci(PciDevice),
     /// Something that happened at one moment.

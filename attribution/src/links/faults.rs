@@ -167,6 +167,13 @@ fn meaning(code: u32) -> Option<(Whose, &'static str)> {
         .map(|(_, whose, meaning)| (*whose, *meaning))
 }
 
+/// Whether the driver accuses the GPU itself by an XID: not a program on it, not a link to other GPUs. Codes of no known
+/// meaning accuse nobody.
+#[must_use]
+pub fn accuses_gpu(xid: u32) -> bool {
+    matches!(meaning(xid), Some((Whose::Device(_), _)))
+}
+
 /// One code on one device, however often.
 struct Told<'a> {
     first: &'a Happened,
@@ -307,4 +314,20 @@ fn verb(node: &str, device: &str, code: u32, told: &Told<'_>) -> Option<Finding>
 /// The beginning of a text.
 fn excerpt(text: &str) -> String {
     text.chars().take(120).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// NVIDIA's catalogue: 13, 31, 43, 45 and 69 are of the application, 74 of NVLink, 48, 79 and 95 of the hardware.
+    #[test]
+    fn only_faults_of_the_device_accuse_the_gpu() {
+        for of_others in [13, 31, 43, 45, 69, 74, 9_999] {
+            assert!(!accuses_gpu(of_others), "{of_others}");
+        }
+        for own in [48, 79, 95] {
+            assert!(accuses_gpu(own), "{own}");
+        }
+    }
 }

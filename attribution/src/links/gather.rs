@@ -224,6 +224,8 @@ impl Hardware {
                     known.peer_number = pair.peer_number;
                 }
             }
+            // What they mean depends on the job's regimes.
+            HardwareFact::Waits(_) => {}
             HardwareFact::Event(event) => self.events.push(Happened {
                 node,
                 pci: event.pci.to_lowercase(),
@@ -248,7 +250,7 @@ impl Hardware {
                 let known = self.devices.get_mut(&key);
                 (known.map(|device| &mut device.counters), &device.errors)
             }
-            HardwareFact::QueuePair(_) | HardwareFact::Event(_) => return,
+            HardwareFact::QueuePair(_) | HardwareFact::Waits(_) | HardwareFact::Event(_) => return,
         };
         let Some(tallies) = tallies else { return };
         let window = realtime(facts);

@@ -21,6 +21,7 @@ use crate::job::{Evidence, RuledOut};
 use crate::time::Window;
 use gather::Hardware;
 
+pub use faults::accuses_gpu;
 pub use map::{Distance, GpuPath, PathPort};
 
 /// Most findings told; what is worst comes first.

@@ -27,6 +27,7 @@ impl v1::HardwareFacts {
                 HardwareFact::RdmaPort(port) => Fact::RdmaPort(port.into()),
                 HardwareFact::QueuePair(pair) => Fact::QueuePair(pair.into()),
                 HardwareFact::Pci(device) => Fact::Pci(device.into()),
+                HardwareFact::Waits(waits) => Fact::Waits((&**waits).into()),
                 HardwareFact::Event(event) => event_to_wire(event),
             }),
         }
@@ -54,6 +55,7 @@ impl v1::HardwareFacts {
                 Fact::RdmaPort(port) => HardwareFact::RdmaPort(port.try_into()?),
                 Fact::QueuePair(pair) => HardwareFact::QueuePair(pair.try_into()?),
                 Fact::Pci(device) => HardwareFact::Pci(device.try_into()?),
+                Fact::Waits(waits) => HardwareFact::Waits(Box::new((&waits).try_into()?)),
                 Fact::Aer(event) => event_of(
                     event.pci,
                     DeviceEventKind::Aer {

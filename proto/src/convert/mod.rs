@@ -10,6 +10,7 @@ mod reading;
 mod record;
 mod step;
 mod subject;
+mod waits;
 
 pub use budget::{LEAF_TABLE, leaf_table};
 pub use record::{Payload, Record};

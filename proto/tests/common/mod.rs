@@ -4,7 +4,8 @@ use stallscope_attribution::budget::Budget;
 use stallscope_attribution::facts::{
     Activity, AerSeverity, ClockFacts, Counter, DeviceEvent, DeviceEventKind, FlowFacts, ForeignLoad,
     GpuStep, GpuSubject, HardwareFact, HardwareFacts, LeafInterval, PciDevice, PciKind, PciLink, PortFacts,
-    QueuePair, RdmaPort, RecordGap, Span, SpanKind, StepMethod, StepSignals,
+    ProcessWaits, QueuePair, RdmaPort, RecordGap, Span, SpanKind, StepMethod, StepSignals, StepWait,
+    StepWaits,
 };
 use stallscope_attribution::leaf::Leaf;
 use stallscope_attribution::reading::Reading;
@@ -207,6 +208,7 @@ pub(crate) fn every_kind() -> Vec<(&'static str, Record)> {
         ("gap", record(6, Payload::Gap(gap))),
         hardware("rdma_port", 7, HardwareFact::RdmaPort(rdma_port())),
         hardware("queue_pair", 8, HardwareFact::QueuePair(queue_pair())),
+        hardware("waits", 14, HardwareFact::Waits(Box::new(waits()))),
         hardware("pci_device", 9, HardwareFact::Pci(pci_device())),
         hardware("pci_bare", 10, HardwareFact::Pci(bare_pci_device())),
         event(
@@ -293,6 +295,30 @@ fn queue_pair() -> QueuePair {
         in_error: true,
         cut_calls: 2,
         posts_unseen: true,
+    }
+}
+
+/// Every number is another.
+fn waits() -> ProcessWaits {
+    let wait = |first| StepWait {
+        steps_ns: first,
+        any_ns: first + 1,
+        entered: first + 2,
+    };
+    ProcessWaits {
+        pid: 4711,
+        watched_ns: 2_000_000_000,
+        waits: StepWaits {
+            send_gpu: wait(10),
+            send_credit: Some(wait(20)),
+            send_wire: wait(30),
+            receive_wire: wait(40),
+            receive_flush: wait(50),
+            receive_gpu: wait(60),
+            sent: 70,
+            received: 71,
+            unknown: 72,
+        },
     }
 }
 

@@ -1,12 +1,12 @@
 //! What is known of host, helpers and GPU within a window.
 
-use stallscope_attribution::facts::HostState;
+use stallscope_attribution::facts::{HardwareFact, HostState};
 use stallscope_attribution::reading::Reading;
 
-use super::process_fed;
-use crate::observation::{Fact, GpuReading, Observation, OffCpuReason};
+use super::{process_fed, run};
+use crate::observation::{Fact, GpuReading, Observation, OffCpuReason, ProcessKey, StepWaits, Thread};
 use crate::timeline::synthetic::{COMPUTE, LOADER, MAIN, MS, PROCESS, Script, reading, window};
-use crate::timeline::{GpuCounters, Process, subject};
+use crate::timeline::{Event, GpuCounters, Process, subject};
 
 #[test]
 fn host_states_follow_the_records() {
@@ -224,4 +224,48 @@ fn names_fit_the_wire() {
         subject::name(&"\u{e9}".repeat(2_000)).map(|name| name.len()),
         Some(1_024)
     );
+}
+#[test]
+fn waits_of_network_steps_are_passed_on_with_their_process() {
+    let mut script = Script::new(1_000 * MS);
+    script.launches(COMPUTE, 1, MS);
+    let base = script.now_ns;
+    let waits = |any_ms| {
+        let mut waits = StepWaits::default();
+        waits.send_wire.any_ns = any_ms * MS;
+        Box::new(waits)
+    };
+    let stranger = Thread {
+        process: ProcessKey {
+            pid: 1,
+            start_ticks: 1,
+        },
+        tid: 1,
+    };
+    for (thread, at_ms, any_ms) in [(MAIN, 0, 30), (stranger, 0, 500), (MAIN, 1_000, 4)] {
+        script.log.push(Observation {
+            window: window(base + at_ms * MS, base + (at_ms + 1_000) * MS),
+            fact: Fact::StepWaits {
+                thread,
+                waits: waits(any_ms),
+            },
+        });
+    }
+    let told: Vec<_> = run(&script.log)
+        .into_iter()
+        .filter_map(|event| match event {
+            Event::Hardware(facts) => Some(*facts),
+            _ => None,
+        })
+        .collect();
+    let [facts] = &told[..] else {
+        panic!("not one of the followed process alone: {told:?}");
+    };
+    assert_eq!(facts.node, "node-a");
+    assert_eq!(facts.window, window(base, base + 2_000 * MS));
+    let HardwareFact::Waits(waits) = &facts.fact else {
+        panic!("{facts:?}");
+    };
+    assert_eq!((waits.pid, waits.watched_ns), (PROCESS.pid, 2_000 * MS));
+    assert_eq!(waits.waits.send_wire.any_ns, 34 * MS);
 }

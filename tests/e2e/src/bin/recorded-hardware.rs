@@ -29,6 +29,9 @@ fn told(fact: &HardwareFact) -> Value {
         HardwareFact::RdmaPort(port) => json!({ "port": rdma_port(port) }),
         HardwareFact::QueuePair(pair) => json!({ "queue_pair": queue_pair(pair) }),
         HardwareFact::Pci(device) => json!({ "pci": pci(device) }),
+        HardwareFact::Waits(waits) => {
+            json!({ "waits": { "pid": waits.pid, "watched_ns": waits.watched_ns } })
+        }
         HardwareFact::Event(event) => json!({ "event": device_event(event) }),
     }
 }
