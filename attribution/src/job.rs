@@ -7,6 +7,7 @@ mod network;
 mod regimes;
 mod rollup;
 mod verdict;
+mod waits;
 
 use crate::budget::Budget;
 use crate::cause::{Cause, Confidence, Place};

@@ -6,9 +6,10 @@ use super::align::{AlignedStep, ByLeaf, Cell, class_ns, median};
 use super::blame::Skew;
 use super::network::{self, PortLoad, Pressure};
 use super::regimes;
+use super::waits::{self, RankWaits, Says};
 use crate::budget::arith::{apportion, mul_div, signed};
 use crate::cause::Cause;
-use crate::facts::{LinkFacts, PPM, PortFacts};
+use crate::facts::{GpuSubject, HardwareFacts, LinkFacts, PPM, PortFacts};
 use crate::leaf::{Class, Leaf};
 use crate::links::{Finding, Severity};
 use crate::time::Window;
@@ -180,6 +181,10 @@ pub(super) struct Ledger {
     pub(super) pressure: Pressure,
     /// What the devices say holds communication back, where `pressure` says that they do.
     pub(super) link: Option<Finding>,
+    /// What the ranks' network steps waited for, where that was watched.
+    pub(super) waits: Vec<RankWaits>,
+    /// What that says.
+    pub(super) says: Says,
     /// Position of a healthier regime to compare with.
     pub(super) baseline: Option<usize>,
 }
@@ -219,18 +224,25 @@ impl Ledger {
     }
 }
 
+/// What was told of the job beside its steps.
+pub(super) struct Told<'a> {
+    pub(super) subjects: &'a [&'a GpuSubject],
+    pub(super) ports: &'a [PortFacts],
+    pub(super) hardware: &'a [HardwareFacts],
+    pub(super) findings: &'a [Finding],
+}
+
 /// The ledgers of all regimes, communication split into waiting, transfer, slow network and the rest.
 pub(super) fn ledgers(
     steps: &[AlignedStep<'_>],
     regimes: &[Range<usize>],
     skew: &Skew,
-    ports: &[PortFacts],
-    findings: &[Finding],
+    told: &Told<'_>,
     nodes: usize,
 ) -> Vec<Ledger> {
     let mut ledgers: Vec<Ledger> = regimes
         .iter()
-        .map(|regime| collect(steps, regime.clone(), skew, ports))
+        .map(|regime| collect(steps, regime.clone(), skew, told))
         .collect();
     let best = (0..ledgers.len()).min_by_key(|at| (ledgers[*at].median_step_ns, *at));
     for at in 0..ledgers.len() {
@@ -241,9 +253,12 @@ pub(super) fn ledgers(
         });
         let base = ledgers[at].baseline.map(|best| &ledgers[best]);
         let link = base
-            .and_then(|base| began(findings, ledgers[at].window, base.window))
+            .and_then(|base| began(told.findings, ledgers[at].window, base.window))
             .cloned();
-        ledgers[at].pressure = pressure(&ledgers[at], base, link.as_ref());
+        let says = waits::says(&ledgers[at].waits, base.map(|base| base.waits.as_slice()));
+        let pressure = pressure(&ledgers[at], base, link.as_ref(), says);
+        ledgers[at].says = says;
+        ledgers[at].pressure = pressure;
         ledgers[at].link = link.filter(|_| matches!(ledgers[at].pressure, Pressure::Link(_)));
     }
     // Healthy regimes first: the others take them as reference.
@@ -259,7 +274,7 @@ pub(super) fn ledgers(
     ledgers
 }
 
-fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: &[PortFacts]) -> Ledger {
+fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, told: &Told<'_>) -> Ledger {
     let part = &steps[regime.clone()];
     let count = part.first().map_or(0, |step| step.cells.len());
     let mut ranks = vec![RankLedger::default(); count];
@@ -302,7 +317,9 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, ports: 
             .filter(|late| !late.is_empty())
             .count() as u64,
         total_ns: ranks.iter().map(|rank| rank.window_ns).sum(),
-        ports: network::loads(ports, window),
+        ports: network::loads(told.ports, window),
+        waits: waits::of_ranks(told.hardware, told.subjects, window),
+        says: Says::Nothing,
         steps: regime,
         window,
         ranks,
@@ -348,7 +365,7 @@ fn began(findings: &[Finding], now: Window, healthy: Window) -> Option<&Finding>
 
 /// What holds the collectives back: a port, the way between two, who takes the bytes in, the links inside a node, or the
 /// way they are done.
-fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> Pressure {
+fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>, says: Says) -> Pressure {
     let mut of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
     if matches!(of_ports, Pressure::Port(_) | Pressure::Lossy(_)) {
         return of_ports;
@@ -358,11 +375,12 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> P
     }
     // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network. What the links
     // and the bytes say stays.
-    if matches!(
+    let starved = is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice()));
+    let by_cpus = matches!(
         of_ports,
         Pressure::Fabric | Pressure::Receiver(_) | Pressure::Behind(_)
-    ) && is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice()))
-    {
+    );
+    if by_cpus && starved {
         of_ports = Pressure::None;
     }
     if matches!(of_ports, Pressure::Receiver(_) | Pressure::Behind(_)) && ledger.is_held_back() {
@@ -388,7 +406,16 @@ fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>) -> P
     {
         return Pressure::Config;
     }
-    of_ports
+    of_waits(of_ports, says, starved || ledger.is_held_back())
+}
+
+/// Flows that are busy, or tell nothing, are no match for what NCCL's own threads waited for. They too are served by CPUs.
+fn of_waits(of_ports: Pressure, says: Says, lacks_cpu: bool) -> Pressure {
+    match (of_ports, says) {
+        (Pressure::Fabric | Pressure::None, Says::Slow(slow)) if !lacks_cpu => Pressure::Waits(slow),
+        (Pressure::Fabric, Says::Late(_) | Says::AsBefore) => Pressure::None,
+        _ => of_ports,
+    }
 }
 
 /// Whether the launching thread of any rank wants a CPU for much of its time, and more than in the healthy regime.

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::rollup::realtime;
+use super::waits::Slow;
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
 use crate::facts::{FlowFacts, PPM, PortFacts};
@@ -59,6 +60,8 @@ pub(super) struct PortLoad {
     pub(super) receiver_limited_ns: u64,
     pub(super) unsent_bytes: u64,
     pub(super) retransmits: u64,
+    /// Most probes in a row of a receiver's closed window that did not open it.
+    pub(super) window_probes: u32,
     /// Highest round trip of a flow over its smallest, hundredths; 0 when unknown.
     pub(super) rtt_percent: u64,
     pub(super) sent_bytes: u64,
@@ -163,6 +166,7 @@ impl PortLoad {
             }
             self.unsent_bytes = self.unsent_bytes.max(flow.unsent_bytes);
             self.retransmits = self.retransmits.saturating_add(flow.retransmits);
+            self.window_probes = self.window_probes.max(flow.window_probes);
             self.rtt_percent =
                 self.rtt_percent
                     .max(mul_div(u64::from(flow.rtt_us), 100, u64::from(flow.min_rtt_us)));
@@ -228,6 +232,8 @@ pub(super) enum Pressure {
     Behind(usize),
     /// Where the devices say: a port, a link or the way between two, which is that cause.
     Link(Cause),
+    /// Where the ranks' network steps say, by what they waited for.
+    Waits(Slow),
     /// Between the ports.
     Fabric,
     /// Between the GPUs of a node.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::align;
-use super::ledger::{Ledger, ledgers};
+use super::ledger::{Ledger, Told, ledgers};
 use super::verdict::{self, Case};
 use super::{Blame, GpuSummary, JobAnalysis, Tier, blame, regimes};
 use crate::budget::Budget;
@@ -37,14 +37,13 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
     let regimes = regimes::find(&steps);
     let skew = blame::skew(&steps, &regimes);
     let mut links = links::examine(&facts.hardware, &facts.ports, &subjects);
-    let ledgers = ledgers(
-        &steps,
-        &regimes,
-        &skew,
-        &facts.ports,
-        &links.findings,
-        nodes.len(),
-    );
+    let told = Told {
+        subjects: &subjects,
+        ports: &facts.ports,
+        hardware: &facts.hardware,
+        findings: &links.findings,
+    };
+    let ledgers = ledgers(&steps, &regimes, &skew, &told, nodes.len());
     let gpus: Vec<GpuSummary> = ranks
         .iter()
         .enumerate()

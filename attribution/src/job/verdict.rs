@@ -7,6 +7,7 @@ mod place;
 mod plain;
 mod roof;
 mod rules;
+mod steps;
 mod words;
 
 use super::align::AlignedStep;
@@ -170,6 +171,7 @@ fn healthy(view: &View<'_>) -> Vec<RuledOut> {
             why,
         });
     }
+    out.extend(steps::ruled_out(view));
     out.retain(|ruled| ruled.cause != view.candidate.cause);
     out
 }

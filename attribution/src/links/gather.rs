@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Unseen;
 use crate::facts::{
-    AerSeverity, Counter, DeviceEventKind, GpuSubject, HardwareFact, HardwareFacts, PciDevice, PciKind,
-    PciLink, PortFacts, QueuePair, RdmaPort,
+    AerSeverity, Counter, DeviceEventKind, HardwareFact, HardwareFacts, PciDevice, PciKind, PciLink,
+    PortFacts, QueuePair, RdmaPort,
 };
 use crate::reading::Reading;
 use crate::time::Window;
@@ -101,7 +100,7 @@ pub(super) struct Hardware {
     paired: BTreeSet<(String, String)>,
     /// By node and interface.
     pub(super) queues: BTreeMap<(String, String), OwnQueue>,
-    nodes: BTreeSet<String>,
+    pub(super) nodes: BTreeSet<String>,
 }
 
 impl Hardware {
@@ -213,11 +212,14 @@ impl Hardware {
                     posts: 0,
                     posted_bytes: 0,
                     refused: 0,
+                    cut_calls: 0,
                     ..pair.clone()
                 });
                 known.posts = known.posts.saturating_add(pair.posts);
                 known.posted_bytes = known.posted_bytes.saturating_add(pair.posted_bytes);
                 known.refused = known.refused.saturating_add(pair.refused);
+                known.cut_calls = known.cut_calls.saturating_add(pair.cut_calls);
+                known.posts_unseen |= pair.posts_unseen;
                 known.in_error |= pair.in_error;
                 if !pair.peer.is_empty() {
                     known.peer.clone_from(&pair.peer);
@@ -352,72 +354,6 @@ impl Hardware {
             .filter(|device| rank(device) < 3)
             .or(own)
     }
-
-    /// What could not be looked at.
-    pub(super) fn unseen(&self, subjects: &[&GpuSubject]) -> Vec<Unseen> {
-        let mut unseen = Vec::new();
-        let mut say = |node: &str, what: String| {
-            unseen.push(Unseen {
-                node: node.to_owned(),
-                what,
-            });
-        };
-        let nodes: BTreeSet<&str> = subjects.iter().map(|subject| subject.node.as_str()).collect();
-        for node in nodes.into_iter().filter(|node| !self.nodes.contains(*node)) {
-            say(
-                node,
-                "RDMA ports, PCIe links and faults of devices: nothing was told".into(),
-            );
-        }
-        for node in &self.nodes {
-            if !self.devices.values().any(|device| device.node == *node) {
-                say(node, "PCIe links: no device told about its own".into());
-            }
-        }
-        for port in self.ports.values() {
-            let name = name(&port.last);
-            if port.last.active.value().is_none() {
-                say(
-                    &port.node,
-                    format!("{name}: whether the port is active{}", because(&port.last.active)),
-                );
-            }
-            if port.last.rate_bytes_per_s.value().is_none() {
-                say(
-                    &port.node,
-                    format!("{name}: its rate{}", because(&port.last.rate_bytes_per_s)),
-                );
-            }
-            if port.counters.is_empty() {
-                say(
-                    &port.node,
-                    format!("{name}: it has no counters, so loss and congestion are not seen"),
-                );
-            }
-            for (counter, why) in port.failed.iter().take(4) {
-                say(
-                    &port.node,
-                    format!("{name}: {counter} in part of the time: {why}"),
-                );
-            }
-        }
-        for device in self.devices.values() {
-            let wanted = matches!(device.last.kind, PciKind::Gpu | PciKind::Nic);
-            if wanted && device.last.link.value().is_none() {
-                let what = format!(
-                    "{}: its PCIe link{}",
-                    device.last.address,
-                    because(&device.last.link)
-                );
-                say(&device.node, what);
-            }
-            for (counter, why) in device.failed.iter().take(4) {
-                let what = format!("{}: {counter} in part of the time: {why}", device.last.address);
-                say(&device.node, what);
-            }
-        }
-        unseen
-    }
 }
 
 impl Port {
@@ -479,15 +415,6 @@ impl Port {
 /// Device and port number: `mlx5_3:1`.
 pub(super) fn name(port: &RdmaPort) -> String {
     format!("{}:{}", port.device, port.port)
-}
-
-fn because<T>(reading: &Reading<T>) -> String {
-    match reading {
-        Reading::Value(_) => String::new(),
-        Reading::NotMeasured => " was not measured".into(),
-        Reading::Unsupported => " is not told by device or driver".into(),
-        Reading::Failed(why) => format!(" could not be read: {why}"),
-    }
 }
 
 fn add(

@@ -13,6 +13,7 @@ mod ports;
 mod queues;
 #[cfg(test)]
 mod tests;
+mod unseen;
 
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};

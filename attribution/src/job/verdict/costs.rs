@@ -140,6 +140,7 @@ pub(in crate::job) fn cause_of(leaf: Leaf, rank: &RankLedger, pressure: Pressure
             Pressure::Fabric | Pressure::Lossy(_) => Cause::NetworkFabric,
             Pressure::Receiver(_) | Pressure::Behind(_) => Cause::HostReceiver,
             Pressure::Link(cause) => cause,
+            Pressure::Waits(slow) => slow.cause(),
             Pressure::Nvlink => Cause::NetworkNvlink,
             Pressure::Config => Cause::NetworkConfig,
             Pressure::Port(_) | Pressure::None => Cause::NetworkNic,

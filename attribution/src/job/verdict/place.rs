@@ -7,6 +7,7 @@ use crate::cause::{Cause, Place};
 use crate::facts::{GpuSubject, PPM};
 use crate::job::ledger::{Ledger, RankLedger};
 use crate::job::network::Pressure;
+use crate::job::waits::Slow;
 
 /// Ranks whose own loss is at least this share of the largest are hit too, percent.
 const HIT_PERCENT: u64 = 50;
@@ -86,6 +87,7 @@ pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledge
                 .as_ref()
                 .map_or_else(Place::default, |link| link.place.clone());
         }
+        (_, Pressure::Waits(slow)) if slow.cause() == cause => return slow_place(slow, subjects, ledger),
         (Cause::NetworkFabric, Pressure::Lossy(at)) => {
             let port = &ledger.ports[at];
             let mut others = ledger.ports.iter().filter(|other| other.node != port.node);
@@ -147,6 +149,31 @@ pub(super) fn place(cause: Cause, hit: &[usize], subjects: &[&GpuSubject], ledge
     Place {
         node: whole_node.then(|| node.clone()),
         ..Place::default()
+    }
+}
+
+/// Where the ranks' network steps say that the network is slow.
+fn slow_place(slow: Slow, subjects: &[&GpuSubject], ledger: &Ledger) -> Place {
+    let only_other = |node: &str| {
+        let mut others = subjects
+            .iter()
+            .map(|subject| &subject.node)
+            .filter(|other| *other != node);
+        let first = others.next()?;
+        others.all(|other| other == first).then(|| first.clone())
+    };
+    match slow {
+        Slow::Everywhere => Place::default(),
+        Slow::Way(at) => {
+            let node = &ledger.waits[at].node;
+            let to = only_other(node).unwrap_or_else(|| "its peers".into());
+            Place {
+                node: Some(node.clone()),
+                link: Some(format!("{node} -> {to}")),
+                ..Place::default()
+            }
+        }
+        Slow::Receiver(at) | Slow::Flush(at) => rank_place(subjects[ledger.waits[at].rank]),
     }
 }
 

@@ -1,6 +1,7 @@
 //! How a verdict says what was seen, beside what a healthy job shows.
 
 use super::rules::Candidate;
+use super::steps;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::GpuSubject;
 use crate::job::Evidence;
@@ -137,6 +138,7 @@ pub(super) fn seen(view: &View<'_>) -> (Vec<Evidence>, usize) {
         Cause::JobImbalance => imbalance(view, &mut seen),
         _ => 1,
     };
+    seen.extend(steps::rows(view));
     if let Some(base) = view.base {
         let (now, before) = (view.ledger.median_step_ns, base.median_step_ns);
         seen.push(evidence("median step".into(), millis(now), millis(before)));
@@ -343,6 +345,17 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
                 percent(port.behind_ppm()),
             ),
             expected.into(),
+        ));
+    }
+    for port in view.ledger.ports.iter().filter(|port| port.window_probes > 0) {
+        let what = format!(
+            "probes of a receiver's closed window that did not open it, in a row, by {}",
+            port.node
+        );
+        seen.push(evidence(
+            what,
+            format!("up to {}", port.window_probes),
+            "0: a receiver that reads has room".into(),
         ));
     }
     2
