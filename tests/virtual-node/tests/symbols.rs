@@ -37,6 +37,32 @@ fn nccl_exports_what_the_real_one_does_and_no_more() -> Result<()> {
     Ok(())
 }
 
+/// Where NCCL 2.27.5 tells what its proxy's steps wait for: local symbols, so no program can take them for its own.
+const HOOKS: [&str; 2] = [
+    "_Z37ncclProfilerRecordProxyStepEventStateiP13ncclProxyArgsi24ncclProfilerEventState_t",
+    "_Z30ncclProfilerStopProxyStepEventiP13ncclProxyArgsi",
+];
+
+#[test]
+fn nccl_names_its_hooks_among_its_local_symbols() -> Result<()> {
+    let bytes = std::fs::read(built::folder()?.join("libvirtual_nccl.so"))?;
+    let file = object::File::parse(&*bytes)?;
+    for name in HOOKS {
+        let found: Vec<_> = file
+            .symbols()
+            .filter(|symbol| symbol.name() == Ok(name))
+            .collect();
+        let [hook] = &found[..] else {
+            anyhow::bail!("{} symbols of the name {name}", found.len());
+        };
+        ensure!(
+            hook.is_definition() && hook.is_local() && hook.kind() == object::SymbolKind::Text,
+            "{hook:?}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn nccls_second_names_reach_the_first_with_every_argument() -> Result<()> {
     // SAFETY: the stand-in runs nothing when it is loaded.

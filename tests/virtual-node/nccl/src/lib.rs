@@ -11,4 +11,5 @@ mod gpu;
 mod local;
 mod profiling;
 mod proxy;
+mod steps;
 mod wire;

@@ -9,6 +9,7 @@ use virtual_node_state::clock::now_ns;
 
 use crate::comm::{Begun, Comm};
 use crate::gpu::{self, End, Kernel};
+use crate::steps::Steps;
 use crate::wire::{Transfer, carry, receive_word, send_word};
 
 /// Bytes/s between GPUs of a node, per direction (NVLink 4).
@@ -117,6 +118,18 @@ impl Pattern {
             Self::Chain { .. } => bytes,
         }
     }
+
+    /// Whether a node receives from the one before, and sends to the next.
+    fn directions(self, comm: &Comm) -> (bool, bool) {
+        let nodes = comm.nodes.len();
+        match self {
+            Self::AllReduce | Self::Ring => (true, true),
+            Self::Chain { first } => {
+                let position = (comm.node + nodes - first) % nodes;
+                (position > 0, position < nodes - 1)
+            }
+        }
+    }
 }
 
 /// The thread's body.
@@ -191,15 +204,18 @@ fn collective(
     if !comm.leader {
         return comm.meeting.wait_end(sequence, aborted).map_err(gone);
     }
+    // Nothing to carry is no operation of the proxy.
+    let posted = comm.ring.as_ref();
+    let mut ring = posted.map(|(to, from)| Ring::post(comm, to, from, pattern, bytes > 0));
     let on_node = comm
         .meeting
         .wait_arrivals(sequence, comm.local_ranks, aborted)
         .map_err(gone)?;
-    let (all_arrived_ns, moved_ns) = match &comm.ring {
+    let (all_arrived_ns, moved_ns) = match &mut ring {
         None => (on_node, on_node),
-        Some((to, from)) => {
-            let all = agree(comm, to, from, on_node, aborted)?;
-            travel(comm, pattern, bytes, to, from, aborted)?;
+        Some(ring) => {
+            let all = agree(comm, ring.to, ring.from, on_node, aborted)?;
+            travel(comm, pattern, bytes, ring, aborted)?;
             (all, now_ns())
         }
     };
@@ -241,58 +257,69 @@ fn agree(
     Ok(all)
 }
 
+/// The two directions of a ring as one operation uses them.
+struct Ring<'a> {
+    to: &'a TcpStream,
+    from: &'a TcpStream,
+    sending: Steps,
+    receiving: Steps,
+}
+
+impl<'a> Ring<'a> {
+    /// Both directions posted: they wait for the GPUs, here and before.
+    fn post(comm: &Comm, to: &'a TcpStream, from: &'a TcpStream, pattern: Pattern, carries: bool) -> Self {
+        let mut ring = Self {
+            to,
+            from,
+            sending: Steps::new(comm, 0, true),
+            receiving: Steps::new(comm, 1, false),
+        };
+        let (receives, sends) = pattern.directions(comm);
+        if receives && carries {
+            ring.receiving.post();
+        }
+        if sends && carries {
+            ring.sending.post();
+        }
+        ring
+    }
+
+    fn carry(&mut self, send: u64, receive: u64, aborted: &dyn Fn() -> bool) -> io::Result<()> {
+        let sending = Transfer {
+            stream: self.to,
+            sends: true,
+            left: send,
+            steps: &mut self.sending,
+        };
+        let receiving = Transfer {
+            stream: self.from,
+            sends: false,
+            left: receive,
+            steps: &mut self.receiving,
+        };
+        carry(&mut [sending, receiving], aborted)
+    }
+}
+
 fn travel(
     comm: &Comm,
     pattern: Pattern,
     bytes: u64,
-    to: &TcpStream,
-    from: &TcpStream,
+    ring: &mut Ring<'_>,
     aborted: &dyn Fn() -> bool,
 ) -> io::Result<()> {
     let nodes = comm.nodes.len();
     let part = bytes.div_ceil(nodes as u64);
-    let exchange = |left: u64| {
-        let send = Transfer {
-            stream: to,
-            sends: true,
-            left,
-        };
-        carry(
-            &mut [
-                send,
-                Transfer {
-                    stream: from,
-                    sends: false,
-                    left,
-                },
-            ],
-            aborted,
-        )
-    };
     match pattern {
-        Pattern::AllReduce => (0..2 * (nodes - 1)).try_for_each(|_| exchange(part)),
-        Pattern::Ring => (0..nodes - 1).try_for_each(|_| exchange(part)),
-        Pattern::Chain { first } => {
-            let position = (comm.node + nodes - first) % nodes;
-            if position > 0 {
-                carry(
-                    &mut [Transfer {
-                        stream: from,
-                        sends: false,
-                        left: bytes,
-                    }],
-                    aborted,
-                )?;
+        Pattern::AllReduce => (0..2 * (nodes - 1)).try_for_each(|_| ring.carry(part, part, aborted)),
+        Pattern::Ring => (0..nodes - 1).try_for_each(|_| ring.carry(part, part, aborted)),
+        Pattern::Chain { .. } => {
+            let (receives, sends) = pattern.directions(comm);
+            if receives {
+                ring.carry(0, bytes, aborted)?;
             }
-            if position < nodes - 1 {
-                carry(
-                    &mut [Transfer {
-                        stream: to,
-                        sends: true,
-                        left: bytes,
-                    }],
-                    aborted,
-                )?;
+            if sends {
+                ring.carry(bytes, 0, aborted)?;
             }
             Ok(())
         }
@@ -302,23 +329,26 @@ fn travel(
 /// Sends and receives of one group, all at once. Both sides first say when they arrived.
 fn peers(comm: &Comm, ops: &[PeerOp], arrived_ns: u64, aborted: &dyn Fn() -> bool) -> io::Result<End> {
     let mut streams = Vec::with_capacity(ops.len());
-    for op in ops.iter().filter(|op| op.sends) {
+    for (sub, op) in ops.iter().enumerate().filter(|(_, op)| op.sends) {
         let stream = comm.peer_out(op.peer)?;
         send_word(&stream, arrived_ns, aborted)?;
-        streams.push((stream, *op));
+        streams.push((stream, *op, Steps::new(comm, sub, true)));
     }
     let mut all_arrived_ns = arrived_ns;
-    for op in ops.iter().filter(|op| !op.sends) {
+    for (sub, op) in ops.iter().enumerate().filter(|(_, op)| !op.sends) {
         let stream = comm.peer_in(op.peer)?;
+        let mut steps = Steps::new(comm, sub, false);
+        steps.post();
         all_arrived_ns = all_arrived_ns.max(receive_word(&stream, aborted)?);
-        streams.push((stream, *op));
+        streams.push((stream, *op, steps));
     }
     let mut transfers: Vec<Transfer<'_>> = streams
-        .iter()
-        .map(|(stream, op)| Transfer {
+        .iter_mut()
+        .map(|(stream, op, steps)| Transfer {
             stream,
             sends: op.sends,
             left: op.bytes,
+            steps,
         })
         .collect();
     carry(&mut transfers, aborted)?;

@@ -4,6 +4,8 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 
+use crate::steps::Steps;
+
 const CHUNK: usize = 256 << 10;
 
 /// Bytes still to be sent to or received from one peer.
@@ -11,6 +13,7 @@ pub(crate) struct Transfer<'a> {
     pub(crate) stream: &'a TcpStream,
     pub(crate) sends: bool,
     pub(crate) left: u64,
+    pub(crate) steps: &'a mut Steps,
 }
 
 /// Carries all transfers to their end.
@@ -19,6 +22,9 @@ pub(crate) struct Transfer<'a> {
 /// When a peer is gone, or `aborted` says so.
 pub(crate) fn carry(transfers: &mut [Transfer<'_>], aborted: &dyn Fn() -> bool) -> io::Result<()> {
     let mut scratch = vec![0x5a; CHUNK];
+    for transfer in transfers.iter_mut().filter(|transfer| transfer.left > 0) {
+        transfer.steps.ready();
+    }
     while transfers.iter().any(|transfer| transfer.left > 0) {
         let mut stuck = true;
         for transfer in transfers.iter_mut().filter(|transfer| transfer.left > 0) {
@@ -28,7 +34,8 @@ pub(crate) fn carry(transfers: &mut [Transfer<'_>], aborted: &dyn Fn() -> bool) 
             if aborted() {
                 return Err(io::ErrorKind::ConnectionAborted.into());
             }
-            wait(transfers)?;
+            let pending = transfers.iter().filter(|transfer| transfer.left > 0);
+            wait(pending.map(|transfer| (transfer.stream, transfer.sends)))?;
         }
     }
     Ok(())
@@ -50,6 +57,7 @@ fn step(transfer: &mut Transfer<'_>, scratch: &mut [u8]) -> io::Result<bool> {
             if !transfer.sends {
                 crate::drain::pause_after(count);
             }
+            transfer.steps.moved(count as u64, transfer.left);
             Ok(true)
         }
         Err(error)
@@ -64,16 +72,12 @@ fn step(transfer: &mut Transfer<'_>, scratch: &mut [u8]) -> io::Result<bool> {
     }
 }
 
-fn wait(transfers: &[Transfer<'_>]) -> io::Result<()> {
-    let pending = transfers.iter().filter(|transfer| transfer.left > 0);
+/// Sleeps until one of these can send or has something to read.
+fn wait<'a>(pending: impl Iterator<Item = (&'a TcpStream, bool)>) -> io::Result<()> {
     let mut polls: Vec<libc::pollfd> = pending
-        .map(|transfer| libc::pollfd {
-            fd: transfer.stream.as_raw_fd(),
-            events: if transfer.sends {
-                libc::POLLOUT
-            } else {
-                libc::POLLIN
-            },
+        .map(|(stream, sends)| libc::pollfd {
+            fd: stream.as_raw_fd(),
+            events: if sends { libc::POLLOUT } else { libc::POLLIN },
             revents: 0,
         })
         .collect();
@@ -122,11 +126,7 @@ fn exact(
                 if aborted() {
                     return Err(io::ErrorKind::ConnectionAborted.into());
                 }
-                wait(&[Transfer {
-                    stream,
-                    sends,
-                    left: 1,
-                }])?;
+                wait(std::iter::once((stream, sends)))?;
             }
             Err(error) => return Err(error),
         }
@@ -147,12 +147,15 @@ mod tests {
         let bytes = 24 << 20;
         let both = move |stream: TcpStream| {
             stream.set_nonblocking(true).expect("non-blocking");
-            let transfer = |sends| Transfer {
+            let [mut sending, mut receiving] = [true, false].map(|sends| Steps::new(&stream, 0, sends));
+            let transfer = |steps, sends| Transfer {
                 stream: &stream,
                 sends,
                 left: bytes,
+                steps,
             };
-            carry(&mut [transfer(true), transfer(false)], &|| false).expect("carried");
+            let both = &mut [transfer(&mut sending, true), transfer(&mut receiving, false)];
+            carry(both, &|| false).expect("carried");
             send_word(&stream, 7, &|| false).expect("sent");
             receive_word(&stream, &|| false).expect("received")
         };
