@@ -4,6 +4,7 @@ mod align;
 mod blame;
 mod ledger;
 mod network;
+mod pressure;
 mod regimes;
 mod rollup;
 mod verdict;

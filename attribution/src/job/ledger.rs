@@ -5,13 +5,13 @@ use core::ops::Range;
 use super::align::{AlignedStep, ByLeaf, Cell, class_ns, median};
 use super::blame::Skew;
 use super::network::{self, PortLoad, Pressure};
+use super::pressure;
 use super::regimes;
 use super::waits::{self, RankWaits, Says};
 use crate::budget::arith::{apportion, mul_div, signed};
-use crate::cause::Cause;
 use crate::facts::{GpuSubject, HardwareFacts, LinkFacts, PPM, PortFacts};
 use crate::leaf::{Class, Leaf};
-use crate::links::{Finding, Severity};
+use crate::links::Finding;
 use crate::time::Window;
 
 /// One rank over one regime.
@@ -199,29 +199,6 @@ impl Ledger {
     pub(super) fn is_held_back(&self) -> bool {
         self.ranks.iter().any(RankLedger::is_held_back)
     }
-
-    /// Bytes the ports send for a byte that the collectives were given, parts per million. Both are taken as rates, because
-    /// what watches the ports may begin later than what counts the calls; `None` where it saw too little of the regime.
-    fn on_wire_ppm(&self) -> Option<u64> {
-        let length_ns = self.window.len_ns();
-        let covers = |ns: u64| ns >= mul_div(length_ns, COVERED_PPM, PPM);
-        if !self.ports.iter().all(|port| covers(port.window_ns)) {
-            return None;
-        }
-        let sent = self
-            .ports
-            .iter()
-            .map(|port| mul_div(port.sent_bytes, length_ns, port.window_ns));
-        let given = self
-            .ranks
-            .iter()
-            .map(|rank| mul_div(rank.comm_bytes, length_ns, rank.window_ns));
-        let (sent, given) = (
-            sent.fold(0, u64::saturating_add),
-            given.fold(0, u64::saturating_add),
-        );
-        (sent > 0 && given > 0).then(|| mul_div(sent, PPM, given))
-    }
 }
 
 /// What was told of the job beside its steps.
@@ -253,10 +230,10 @@ pub(super) fn ledgers(
         });
         let base = ledgers[at].baseline.map(|best| &ledgers[best]);
         let link = base
-            .and_then(|base| began(told.findings, ledgers[at].window, base.window))
+            .and_then(|base| pressure::began(told.findings, ledgers[at].window, base.window))
             .cloned();
         let says = waits::says(&ledgers[at].waits, base.map(|base| base.waits.as_slice()));
-        let pressure = pressure(&ledgers[at], base, link.as_ref(), says);
+        let pressure = pressure::of(&ledgers[at], base, link.as_ref(), says);
         ledgers[at].says = says;
         ledgers[at].pressure = pressure;
         ledgers[at].link = link.filter(|_| matches!(ledgers[at].pressure, Pressure::Link(_)));
@@ -331,102 +308,6 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, told: &
 
 /// A group throttled for this share of the time lacks a CPU, parts per million.
 const HELD_BACK_PPM: u64 = 40_000;
-/// A thread that wants a CPU for this share of its time runs on a host with too few, parts per million.
-const STARVED_PPM: u64 = 100_000;
-
-/// Share of a regime that a port must have been watched, parts per million, for its bytes to be compared.
-const COVERED_PPM: u64 = 500_000;
-/// More bytes on the wire for the same payload than in the healthy regime, parts per million: another algorithm.
-const WASTEFUL_PPM: u64 = 1_150_000;
-
-/// The finding about links that is there now and was not in the healthy regime: the worst of them. One that was there
-/// all the time does not tell what the difference is.
-fn began(findings: &[Finding], now: Window, healthy: Window) -> Option<&Finding> {
-    let slows = |finding: &&Finding| {
-        let links = matches!(
-            finding.cause,
-            Cause::NetworkNic
-                | Cause::NetworkFabric
-                | Cause::NetworkNvlink
-                | Cause::NetworkPcie
-                | Cause::NetworkConfig
-                | Cause::HostReceiver
-        );
-        links && finding.severity >= Severity::Degraded
-    };
-    let common_ns = |finding: &Finding, window: Window| {
-        let end_ns = finding.window.end_ns().min(window.end_ns());
-        end_ns.saturating_sub(finding.window.start_ns().max(window.start_ns()))
-    };
-    findings.iter().filter(slows).find(|finding| {
-        common_ns(finding, now) > 0 && common_ns(finding, healthy).saturating_mul(4) <= healthy.len_ns()
-    })
-}
-
-/// What holds the collectives back: a port, the way between two, who takes the bytes in, the links inside a node, or the
-/// way they are done.
-fn pressure(ledger: &Ledger, base: Option<&Ledger>, link: Option<&Finding>, says: Says) -> Pressure {
-    let mut of_ports = network::pressure(&ledger.ports, base.map(|base| base.ports.as_slice()));
-    if matches!(of_ports, Pressure::Port(_) | Pressure::Lossy(_)) {
-        return of_ports;
-    }
-    if let Some(link) = link {
-        return Pressure::Link(link.cause);
-    }
-    // Sockets are served by CPUs: where threads wait for one, busy flows say nothing of the network. What the links
-    // and the bytes say stays.
-    let starved = is_starved(&ledger.ranks, base.map(|base| base.ranks.as_slice()));
-    let by_cpus = matches!(
-        of_ports,
-        Pressure::Fabric | Pressure::Receiver(_) | Pressure::Behind(_)
-    );
-    if by_cpus && starved {
-        of_ports = Pressure::None;
-    }
-    if matches!(of_ports, Pressure::Receiver(_) | Pressure::Behind(_)) && ledger.is_held_back() {
-        of_ports = Pressure::None;
-    }
-    let down = |ledger: &Ledger| {
-        ledger
-            .ranks
-            .iter()
-            .map(|rank| rank.nvlinks_down)
-            .max()
-            .unwrap_or(0)
-    };
-    if down(ledger) > base.map_or(0, down) {
-        return Pressure::Nvlink;
-    }
-    // A process that takes nothing in is a nearer reason than what it does to the bytes.
-    if matches!(of_ports, Pressure::Receiver(_) | Pressure::Behind(_)) {
-        return of_ports;
-    }
-    if let (Some(now), Some(before)) = (ledger.on_wire_ppm(), base.and_then(Ledger::on_wire_ppm))
-        && now >= mul_div(before, WASTEFUL_PPM, PPM)
-    {
-        return Pressure::Config;
-    }
-    of_waits(of_ports, says, starved || ledger.is_held_back())
-}
-
-/// Flows that are busy, or tell nothing, are no match for what NCCL's own threads waited for. They too are served by CPUs.
-fn of_waits(of_ports: Pressure, says: Says, lacks_cpu: bool) -> Pressure {
-    match (of_ports, says) {
-        (Pressure::Fabric | Pressure::None, Says::Slow(slow)) if !lacks_cpu => Pressure::Waits(slow),
-        (Pressure::Fabric, Says::Late(_) | Says::AsBefore) => Pressure::None,
-        _ => of_ports,
-    }
-}
-
-/// Whether the launching thread of any rank wants a CPU for much of its time, and more than in the healthy regime.
-fn is_starved(ranks: &[RankLedger], base: Option<&[RankLedger]>) -> bool {
-    let most = |ranks: &[RankLedger]| {
-        let wanted = ranks.iter().map(|rank| rank.share_ppm(rank.runnable_ns));
-        wanted.max().unwrap_or(0)
-    };
-    most(ranks) >= STARVED_PPM.max(base.map_or(0, most).saturating_mul(2))
-}
-
 /// What collectives inside a node take longer over the host's link than over the links that are down, per rank, ns;
 /// an estimate for a job nobody saw healthy.
 fn detour_ns(rank: &RankLedger, gpus: u64) -> u64 {
@@ -603,81 +484,5 @@ fn shift(rank: &mut RankLedger, from: Leaf, to: Leaf, ns: i64) {
     for (leaf, ns) in [(to, ns), (from, -ns)] {
         rank.leaves[leaf.index()] += ns;
         rank.resplit[leaf.index()] += ns;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn wanting(share_ppm: u64) -> Vec<RankLedger> {
-        let rank = |runnable_ns| RankLedger {
-            window_ns: 1_000_000_000,
-            runnable_ns,
-            ..RankLedger::default()
-        };
-        vec![rank(0), rank(share_ppm * 1_000)]
-    }
-
-    #[test]
-    fn a_host_is_starved_when_its_threads_want_a_cpu_more_than_they_used_to() {
-        assert!(is_starved(&wanting(180_000), None));
-        assert!(is_starved(&wanting(180_000), Some(&wanting(33_000))));
-        assert!(
-            !is_starved(&wanting(50_000), Some(&wanting(10_000))),
-            "a busy host"
-        );
-        assert!(
-            !is_starved(&wanting(180_000), Some(&wanting(150_000))),
-            "as before"
-        );
-        assert!(!is_starved(&[], None));
-    }
-
-    /// Two nodes that ran for 10 s and sent `per_s` a second while `watched_s` of them were watched.
-    fn running(per_s: u64, watched_s: u64) -> Ledger {
-        let second = 1_000_000_000;
-        let port = |node: &str| PortLoad {
-            node: node.into(),
-            sent_bytes: per_s * watched_s,
-            window_ns: watched_s * second,
-            ..PortLoad::default()
-        };
-        let rank = || RankLedger {
-            comm_bytes: 20_000_000,
-            window_ns: 10 * second,
-            ..RankLedger::default()
-        };
-        Ledger {
-            steps: 0..20,
-            window: Window::new(5 * second, 15 * second).unwrap_or_default(),
-            ranks: vec![rank(), rank()],
-            ports: vec![port("a"), port("b")],
-            pressure: Pressure::None,
-            link: None,
-            baseline: None,
-            total_ns: 20 * second,
-            median_step_ns: second / 2,
-            noise_ppm: 0,
-            late_steps: 0,
-        }
-    }
-
-    #[test]
-    fn another_algorithm_is_told_by_rates_of_bytes() {
-        let whole = running(3_000_000, 10);
-        let before = running(2_000_000, 7);
-        assert_eq!(pressure(&whole, Some(&before), None), Pressure::Config);
-        let late = running(3_000_000, 7);
-        assert_eq!(
-            pressure(&whole, Some(&late), None),
-            Pressure::None,
-            "the same rate, watched from later on"
-        );
-        assert_eq!(
-            pressure(&whole, Some(&running(2_000_000, 3)), None),
-            Pressure::None,
-            "watched too little to tell"
-        );
     }
 }
