@@ -116,6 +116,8 @@ pub struct Timeline {
     endings: Endings,
     waits: waits::Folding,
     counters: Counters,
+    /// Before this instant of observed time no window becomes complete.
+    next_due_ns: u64,
 }
 
 impl Timeline {
@@ -135,6 +137,7 @@ impl Timeline {
             endings: Endings::default(),
             waits: waits::Folding::default(),
             counters: Counters::default(),
+            next_due_ns: 0,
         }
     }
 
@@ -224,7 +227,9 @@ impl Timeline {
         } else if self.processes.len() >= MOST_PROCESSES {
             self.counters.processes_refused += 1;
         } else {
-            self.processes.insert(key, Process::new(facts, window.start_ns()));
+            let process = Process::new(facts, window.start_ns());
+            self.next_due_ns = self.next_due_ns.min(process.next_due_ns());
+            self.processes.insert(key, process);
         }
     }
 
@@ -236,6 +241,7 @@ impl Timeline {
         let Some(key) = process_of(fact) else { return };
         if let Some(process) = self.processes.get_mut(&key) {
             process.observe(window, fact);
+            self.next_due_ns = self.next_due_ns.min(process.next_due_ns());
         } else if let Some(owner) = self.helpers.get(&key)
             && let Some(process) = self.processes.get_mut(owner)
         {
@@ -277,6 +283,9 @@ impl Timeline {
     /// Assesses every window that has become complete.
     fn settle(&mut self, events: &mut Vec<Event>) {
         let clock_ns = self.clock_ns;
+        if clock_ns < self.next_due_ns {
+            return;
+        }
         let mut due: Vec<(ProcessKey, Cut)> = Vec::new();
         for (key, process) in &mut self.processes {
             process.advance(clock_ns);
@@ -287,6 +296,8 @@ impl Timeline {
         for (key, cut) in due {
             self.assess(key, cut, events);
         }
+        let next_ns = self.processes.values().map(Process::next_due_ns).min();
+        self.next_due_ns = next_ns.unwrap_or(u64::MAX);
     }
 
     /// Names ranks that ended while others of their job went on.

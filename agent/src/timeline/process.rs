@@ -236,6 +236,13 @@ impl Process {
         self.lost.push_back((window.end_ns(), count));
     }
 
+    /// Before this instant of observed time there is nothing to cut or to assess, as long as no fact of it comes.
+    pub(super) fn next_due_ns(&self) -> u64 {
+        let pending = self.pending.front();
+        let settled_ns = pending.map_or(u64::MAX, |cut| cut.window.end_ns().saturating_add(SETTLE_NS));
+        settled_ns.min(self.covered_ns.saturating_add(SEARCH_NS + FIXED_NS))
+    }
+
     /// Cuts what `clock_ns` lets one cut without a pattern.
     pub(super) fn advance(&mut self, clock_ns: u64) {
         let open_ns = clock_ns.saturating_sub(self.covered_ns);

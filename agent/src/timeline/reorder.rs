@@ -4,8 +4,7 @@
 //! a window lies [`HOLD_NS`] ahead and are then released by the end of their window, in an order that does not
 //! depend on the order of arrival.
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use std::collections::BTreeMap;
 
 use crate::observation::{Fact, Observation, Thread};
 
@@ -13,6 +12,11 @@ use crate::observation::{Fact, Observation, Thread};
 pub const HOLD_NS: u64 = 500_000_000;
 /// Most observations held; beyond it the oldest is released early. About 14 MiB.
 const MOST_HELD: usize = 131_072;
+/// Observations are put in order this much at a time, ns: so much longer than [`HOLD_NS`] may one be held.
+const BUCKET_NS: u64 = 8_000_000;
+/// Buckets kept to be used again, and the most observations that such a one has room for.
+const MOST_SPARE: usize = 64;
+const MOST_SPARE_ROOM: usize = 1_024;
 
 /// Total order of observations: by end, start, kind, and what tells two of a kind apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -22,32 +26,6 @@ struct Key {
     rank: u8,
     who: u64,
     what: u64,
-}
-
-#[derive(Debug)]
-struct Held {
-    key: Key,
-    observation: Observation,
-}
-
-impl PartialEq for Held {
-    fn eq(&self, other: &Self) -> bool {
-        self.key == other.key
-    }
-}
-
-impl Eq for Held {}
-
-impl PartialOrd for Held {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Held {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.key.cmp(&other.key)
-    }
 }
 
 fn thread_id(thread: &Thread) -> u64 {
@@ -101,10 +79,22 @@ fn key(observation: &Observation) -> Key {
     }
 }
 
-/// The buffer.
+/// Observations that end in the same stretch of [`BUCKET_NS`]: as they came, until they are opened.
+type Bucket = Vec<Option<Observation>>;
+
+/// The buffer: a bucket is put in order only when it is its turn, so that an observation is moved twice and not once for
+/// every level of a heap.
 #[derive(Debug, Default)]
 pub(super) struct Reorder {
-    held: BinaryHeap<Reverse<Held>>,
+    closed: BTreeMap<u64, Bucket>,
+    /// What is being released, and the places in it that are left, the next one last.
+    open: Bucket,
+    order: Vec<(Key, u32)>,
+    /// Number of the bucket that was opened last, and one.
+    opened: u64,
+    /// Buckets to use again.
+    spare: Vec<Bucket>,
+    held: usize,
     newest_ns: u64,
     released: Option<Key>,
     late: u64,
@@ -113,38 +103,162 @@ pub(super) struct Reorder {
 impl Reorder {
     /// Takes an observation in.
     pub(super) fn push(&mut self, observation: Observation) {
+        let end_ns = observation.window.end_ns();
+        self.newest_ns = self.newest_ns.max(end_ns);
+        self.held += 1;
+        let number = end_ns / BUCKET_NS;
+        if number < self.opened {
+            self.push_open(observation);
+            return;
+        }
+        let spare = &mut self.spare;
+        self.closed
+            .entry(number)
+            .or_insert_with(|| spare.pop().unwrap_or_default())
+            .push(Some(observation));
+    }
+
+    /// One that belongs to what is being released already.
+    fn push_open(&mut self, observation: Observation) {
+        if self.order.is_empty() {
+            self.open.clear();
+        }
         let key = key(&observation);
-        self.newest_ns = self.newest_ns.max(key.end_ns);
         if self.released.is_some_and(|released| key < released) {
             self.late += 1;
         }
-        self.held.push(Reverse(Held { key, observation }));
+        let Ok(place) = u32::try_from(self.open.len()) else {
+            return;
+        };
+        let at = self.order.partition_point(|(other, _)| *other > key);
+        self.open.push(Some(observation));
+        self.order.insert(at, (key, place));
     }
 
     /// The next observation whose turn has come.
     pub(super) fn pop(&mut self) -> Option<Observation> {
-        let due_ns = self.newest_ns.saturating_sub(HOLD_NS);
-        let due = self
-            .held
-            .peek()
-            .is_some_and(|Reverse(held)| held.key.end_ns <= due_ns);
-        if due || self.held.len() > MOST_HELD {
-            self.pop_any()
-        } else {
-            None
+        if self.order.is_empty() {
+            let (number, _) = self.closed.first_key_value()?;
+            let due_ns = self.newest_ns.saturating_sub(HOLD_NS);
+            let due = number.saturating_add(1).saturating_mul(BUCKET_NS) <= due_ns;
+            if !due && self.held <= MOST_HELD {
+                return None;
+            }
         }
+        self.pop_any()
     }
 
     /// The next observation, whether its turn has come or not: at the end of the input.
     pub(super) fn pop_any(&mut self) -> Option<Observation> {
-        let Reverse(held) = self.held.pop()?;
-        self.released = self.released.max(Some(held.key));
-        Some(held.observation)
+        loop {
+            let Some((key, place)) = self.order.pop() else {
+                self.open_next()?;
+                continue;
+            };
+            let place = usize::try_from(place).unwrap_or(usize::MAX);
+            let Some(observation) = self.open.get_mut(place).and_then(Option::take) else {
+                continue;
+            };
+            self.held = self.held.saturating_sub(1);
+            self.released = self.released.max(Some(key));
+            return Some(observation);
+        }
+    }
+
+    /// Puts the earliest bucket in order; `None` when there is none.
+    fn open_next(&mut self) -> Option<()> {
+        let (number, bucket) = self.closed.pop_first()?;
+        let mut used = std::mem::replace(&mut self.open, bucket);
+        used.clear();
+        if self.spare.len() < MOST_SPARE && used.capacity() <= MOST_SPARE_ROOM {
+            self.spare.push(used);
+        }
+        self.opened = number.saturating_add(1);
+        let keys = self.open.iter().zip(0_u32..);
+        let keys = keys.filter_map(|(observation, place)| Some((key(observation.as_ref()?), place)));
+        self.order.extend(keys);
+        // Each source is in order, so this is a few runs. Of equals, what came first goes first.
+        self.order.sort_by(|a, b| b.cmp(a));
+        Some(())
     }
 
     /// Observations that came after later ones had been released. They are used, but what was already concluded
     /// stays.
     pub(super) const fn late(&self) -> u64 {
         self.late
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use stallscope_attribution::time::Window;
+
+    use super::*;
+
+    fn lost(end_ns: u64, count: u64) -> Observation {
+        Observation {
+            window: Window::instant(end_ns),
+            fact: Fact::Lost { ring: "sched", count },
+        }
+    }
+
+    fn count(observation: &Observation) -> u64 {
+        match observation.fact {
+            Fact::Lost { count, .. } => count,
+            _ => 0,
+        }
+    }
+
+    #[test]
+    fn releases_in_order_of_time_whatever_the_order_of_arrival() {
+        let mut reorder = Reorder::default();
+        // Times that no generator knows: multiples of a step that shares no factor with their number.
+        let times: Vec<u64> = (0..1_000_u64).map(|at| at * 389 % 1_000 * 1_000_000).collect();
+        for (at, end_ns) in times.iter().enumerate() {
+            reorder.push(lost(*end_ns, at as u64));
+        }
+        let mut released = Vec::new();
+        while let Some(observation) = reorder.pop() {
+            assert!(observation.window.end_ns() + HOLD_NS <= 999_000_000, "too early");
+            released.push(observation.window.end_ns());
+        }
+        assert!(released.len() >= 480, "held too long: {}", released.len());
+        while let Some(observation) = reorder.pop_any() {
+            released.push(observation.window.end_ns());
+        }
+        let expected: Vec<u64> = (0..1_000).map(|ms| ms * 1_000_000).collect();
+        assert_eq!(released, expected);
+        assert_eq!(reorder.late(), 0);
+    }
+
+    #[test]
+    fn what_comes_late_is_released_at_once_and_counted() {
+        let mut reorder = Reorder::default();
+        let second = 1_000_000_000;
+        (0..4).for_each(|at| reorder.push(lost(second + at, at)));
+        reorder.push(lost(3 * second, 9));
+        assert_eq!(reorder.pop().as_ref().map(count), Some(0));
+        assert_eq!(reorder.pop().as_ref().map(count), Some(1));
+        reorder.push(lost(second, 5));
+        reorder.push(lost(second + 2, 1));
+        let rest: Vec<u64> = std::iter::from_fn(|| reorder.pop())
+            .map(|next| count(&next))
+            .collect();
+        assert_eq!(rest, [5, 1, 2, 3], "by time, then by what tells them apart");
+        assert_eq!(reorder.late(), 1);
+        assert_eq!(reorder.pop_any().as_ref().map(count), Some(9));
+        assert_eq!(reorder.pop_any(), None);
+    }
+
+    #[test]
+    fn holds_no_more_than_it_may() {
+        let mut reorder = Reorder::default();
+        let mut released = 0;
+        for at in 0..=MOST_HELD as u64 + 100 {
+            reorder.push(lost(at, 0));
+            released += u64::from(reorder.pop().is_some());
+        }
+        assert!(released >= 100, "{released}");
+        assert!(reorder.held <= MOST_HELD + 1);
     }
 }

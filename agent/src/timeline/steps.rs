@@ -92,6 +92,16 @@ pub(super) struct StepFinder {
     fed: bool,
 }
 
+/// Calls and drains that fit no step, after which a pattern is given up.
+fn most_astray(pattern: &Pattern) -> usize {
+    4 * pattern.calls.len() + 64
+}
+
+/// Calls and drains that the search for the next pattern looks at, when one is given up.
+fn needed_items(pattern: &Pattern) -> usize {
+    most_astray(pattern) + 2 * pattern.calls.len() + 64
+}
+
 impl StepFinder {
     /// A finder that has seen nothing.
     pub(super) const fn new(calls: Calls) -> Self {
@@ -140,9 +150,11 @@ impl StepFinder {
             fed: std::mem::take(&mut self.fed),
         };
         self.keep(item);
-        if self.pattern.is_some() {
+        if let Some(pattern) = &self.pattern {
+            let needed = needed_items(pattern);
             self.follow_call(item, regions);
             self.drop_a_lost_pattern();
+            self.trim(needed);
         } else if self.items.len() >= self.next_search && self.span_ns() >= LEAST_SPAN_NS {
             self.next_search = self.items.len() + self.items.len() / 4;
             self.pattern = self.search();
@@ -179,6 +191,15 @@ impl StepFinder {
         }
         self.items.push_back(item);
         self.since_whole += 1;
+    }
+
+    /// Forgets what no search will look at: while a pattern is followed, more than a few of its periods.
+    fn trim(&mut self, needed: usize) {
+        if self.pattern.is_none() || self.items.len() < 2 * needed {
+            return;
+        }
+        self.items.drain(..self.items.len() - needed);
+        self.items.shrink_to(2 * needed);
     }
 
     fn follow_drain(&mut self, at_ns: u64, regions: &mut Vec<Region>) {
@@ -254,7 +275,7 @@ impl StepFinder {
 
     fn drop_a_lost_pattern(&mut self) {
         let Some(pattern) = &self.pattern else { return };
-        let lost = self.since_whole > 4 * pattern.calls.len() + 64;
+        let lost = self.since_whole > most_astray(pattern);
         if !lost && self.undrained <= MOST_UNDRAINED {
             return;
         }

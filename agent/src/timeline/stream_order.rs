@@ -52,6 +52,19 @@ impl Stream {
     const fn outstanding(&self) -> bool {
         self.submitted_ns > self.covered_ns
     }
+
+    /// Makes room for a wait. One that a later wait for the same stream goes beyond goes first, and tells so: what covers the
+    /// later one proves as much, and steps of many collectives leave hundreds before anything is synchronised.
+    fn forget_a_wait(&mut self) -> bool {
+        let later = |at: usize| self.waits.range(at + 1..);
+        let beyond = |at: &usize| {
+            let wait = self.waits[*at];
+            later(*at).any(|other| other.on == wait.on && other.position_ns >= wait.position_ns)
+        };
+        let place = (0..self.waits.len()).find(beyond);
+        self.waits.remove(place.unwrap_or(0));
+        place.is_some()
+    }
 }
 
 /// The stream waited, in a call that returned at `at_ns`, for what `on` had been given up to `position_ns`.
@@ -131,8 +144,7 @@ impl StreamOrder {
         }
         let entry = self.streams.entry(stream_key(stream, tid)).or_default();
         if entry.waits.len() == MOST_WAITS {
-            entry.waits.pop_front();
-            self.forgotten += 1;
+            self.forgotten += u64::from(!entry.forget_a_wait());
         }
         entry.waits.push_back(Wait {
             at_ns: call.end_ns(),
