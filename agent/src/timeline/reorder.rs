@@ -15,7 +15,7 @@ const MOST_HELD: usize = 131_072;
 /// Observations are put in order this much at a time, ns: so much longer than [`HOLD_NS`] may one be held.
 const BUCKET_NS: u64 = 8_000_000;
 /// Buckets kept to be used again, and the most observations that such a one has room for.
-const MOST_SPARE: usize = 64;
+const MOST_SPARE: usize = 8;
 const MOST_SPARE_ROOM: usize = 1_024;
 
 /// Total order of observations: by end, start, kind, and what tells two of a kind apart.
