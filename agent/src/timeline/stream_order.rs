@@ -295,3 +295,49 @@ impl StreamOrder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(at_ns: u64) -> Window {
+        Window::new(at_ns, at_ns + 10).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_step_of_many_collectives_forgets_nothing_that_a_synchronisation_needs() {
+        let (compute, comm, tid) = (16, 32, 7);
+        let mut order = StreamOrder::new(0);
+        order.synchronised(SyncTarget::Context, tid, call(0));
+        // Each bucket's reduction waits for its gradients, and the optimiser for the last reduction.
+        for bucket in 0..1_000 {
+            let at_ns = 1_000 + bucket * 100;
+            order.submit(compute, tid, call(at_ns));
+            order.record(1 + bucket, compute, tid, call(at_ns + 20));
+            order.wait(comm, tid, 1 + bucket, call(at_ns + 40));
+            order.submit(comm, tid, call(at_ns + 60));
+        }
+        order.record(5_000, comm, tid, call(200_000));
+        assert_eq!(order.forgotten(), 0);
+        let drained = order.synchronised(SyncTarget::Event(5_000), tid, call(300_000));
+        assert_eq!(drained, Some(300_010), "the reductions prove the gradients");
+    }
+
+    #[test]
+    fn waits_for_too_many_streams_are_counted_and_prove_nothing() {
+        let tid = 7;
+        let mut order = StreamOrder::new(0);
+        order.synchronised(SyncTarget::Context, tid, call(0));
+        for stream in 0..200 {
+            let at_ns = 1_000 + stream * 100;
+            order.submit(100 + stream, tid, call(at_ns));
+            order.record(1 + stream, 100 + stream, tid, call(at_ns + 20));
+            order.wait(32, tid, 1 + stream, call(at_ns + 40));
+        }
+        assert_eq!(order.forgotten(), 200 - MOST_WAITS as u64);
+        assert_eq!(
+            order.synchronised(SyncTarget::Stream(32), tid, call(300_000)),
+            None
+        );
+    }
+}
