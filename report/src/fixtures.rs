@@ -358,6 +358,7 @@ pub(crate) fn link_report() -> LinkReport {
             }],
             ruled_out: Vec::new(),
             window: Window::new(START_NS, START_NS + SECOND_NS).expect("a window"),
+            carries_ppm: None,
             cost: FindingCost::NotMeasured,
         }],
         unseen: vec![Unseen {

@@ -65,7 +65,7 @@ pub fn analyse(facts: &JobFacts) -> JobAnalysis {
         ideal_ns,
     };
     let mut verdicts = verdict::judge(&case);
-    verdict::join_findings(&mut verdicts, &mut links.findings, !steps.is_empty());
+    verdict::join_findings(&mut verdicts, &mut links.findings, !steps.is_empty(), &totals);
     let mut gaps = facts.gaps.clone();
     gaps.extend(align::gaps(&ranks, &steps));
     JobAnalysis {

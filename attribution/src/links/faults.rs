@@ -257,6 +257,7 @@ fn xid(
         evidence: rows,
         ruled_out: not.into_iter().collect(),
         window: join(told.first.window, told.last.window),
+        carries_ppm: None,
         cost: FindingCost::NotMeasured,
     }
 }
@@ -307,6 +308,7 @@ fn verb(node: &str, device: &str, code: u32, told: &Told<'_>) -> Option<Finding>
         )],
         ruled_out: Vec::new(),
         window: join(told.first.window, told.last.window),
+        carries_ppm: None,
         cost: FindingCost::NotMeasured,
     })
 }

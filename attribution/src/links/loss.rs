@@ -185,6 +185,7 @@ fn everywhere(told: &[Told<'_>], findings: &mut Vec<Finding>) {
         evidence: lossy.iter().take(4).map(|told| lost(told, &[])).collect(),
         ruled_out: vec![ruled_out(Cause::NetworkNic, "no port loses more than the others")],
         window: window.unwrap_or(first.port.window),
+        carries_ppm: None,
         cost: FindingCost::NotMeasured,
     });
 }
@@ -247,6 +248,7 @@ fn one(
             .map(|told| grew(told.port))
             .reduce(join)
             .unwrap_or_default(),
+        carries_ppm: None,
         cost: FindingCost::NotMeasured,
     }
 }

@@ -122,6 +122,8 @@ pub struct Finding {
     pub ruled_out: Vec<RuledOut>,
     /// From the first window or event that shows it to the last, `CLOCK_REALTIME`.
     pub window: Window,
+    /// What the link carries of what it should, parts per million, where that is what the finding says.
+    pub carries_ppm: Option<u64>,
     /// What it costs a job.
     pub cost: FindingCost,
 }

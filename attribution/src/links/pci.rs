@@ -112,6 +112,7 @@ fn slow_link(seen: &Hardware, device: &Device) -> Option<Finding> {
         evidence: rows,
         ruled_out: not,
         window,
+        carries_ppm: Some(link.ppm()),
         cost: FindingCost::NotMeasured,
     })
 }
@@ -284,6 +285,7 @@ fn faulty(
         evidence: rows,
         ruled_out: Vec::new(),
         window: errors.window.unwrap_or_default(),
+        carries_ppm: None,
         cost: FindingCost::NotMeasured,
     })
 }

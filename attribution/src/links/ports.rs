@@ -134,6 +134,7 @@ fn finding(port: &Port, cause: Cause, side: Side, severity: Severity, summary: S
         evidence: Vec::new(),
         ruled_out: Vec::new(),
         window: port.window,
+        carries_ppm: None,
         cost: FindingCost::NotMeasured,
     }
 }
@@ -221,6 +222,7 @@ fn slow(seen: &Hardware, port: &Port) -> Option<Finding> {
             gigabits(own),
             format!("{}, as {} ports like it", gigabits(least), rates.len()),
         )],
+        carries_ppm: Some(mul_div(own, crate::facts::PPM, least)),
         ..finding(
             port,
             Cause::NetworkConfig,

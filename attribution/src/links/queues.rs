@@ -109,6 +109,7 @@ pub(super) fn find(seen: &Hardware, findings: &mut Vec<Finding>) {
             evidence: vec![held],
             ruled_out: vec![not],
             window: queue.span.unwrap_or(port.window),
+            carries_ppm: None,
             cost: FindingCost::NotMeasured,
         });
     }

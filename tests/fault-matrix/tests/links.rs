@@ -9,6 +9,7 @@ use stallscope_attribution::links::FindingCost;
 use stallscope_attribution::reading::Reading;
 use stallscope_fault_matrix::job::play;
 use stallscope_fault_matrix::observe::{facts, node_name};
+use stallscope_fault_matrix::truth;
 use stallscope_fault_matrix::variant::{Dose, Fault, GPUS, Injected, NODES, Variant};
 
 /// Steps of the job, the fault in the second half.
@@ -20,20 +21,25 @@ const NODE: usize = 2;
 /// What one window of a device tells, by node and by whether the fault acts.
 type Device = fn(node: usize, acts: bool) -> HardwareFact;
 
-/// A job whose collectives take longer from the onset on when `slow`, seen without any flow, beside what devices tell.
-fn analysed(slow: bool, device: Device) -> JobAnalysis {
+/// A job whose collectives take longer from the onset on when `slow`.
+fn variant(slow: bool) -> Variant {
     let injected = Injected {
         fault: Fault::SlowNic { node: NODE },
         from: ONSET,
         until: if slow { STEPS } else { ONSET },
     };
-    let variant = Variant {
+    Variant {
         scenario: "links",
         faults: vec![injected],
         dose: Dose::Loud,
         steps: STEPS,
         seed: 5,
-    };
+    }
+}
+
+/// The job seen without any flow, beside what devices tell.
+fn analysed(slow: bool, device: Device) -> JobAnalysis {
+    let variant = variant(slow);
     let mut seen: JobFacts = facts(&variant, &play(&variant));
     seen.ports.clear();
     for node in 0..NODES {
@@ -181,4 +187,36 @@ fn a_slow_network_that_no_device_explains_accuses_no_device() {
         analysis.verdicts
     );
     assert_eq!(analysis.links.findings, []);
+}
+
+/// Half the lanes from the first step on: nobody saw the job without it.
+#[test]
+fn a_link_that_was_slow_from_the_start_is_told_with_what_it_may_cost() {
+    let analysis = analysed(false, |node, _| half_lanes(node, true));
+    let causes: Vec<Cause> = analysis.verdicts.iter().map(|verdict| verdict.cause).collect();
+    assert_eq!(causes, [Cause::None]);
+    let [finding] = &analysis.links.findings[..] else {
+        panic!("{:#?}", analysis.links.findings);
+    };
+    assert_eq!(finding.cost, FindingCost::NothingMeasured);
+    let row = finding.evidence.last().expect("a row");
+    let most = row
+        .value
+        .strip_prefix("from 0 % to ")
+        .and_then(|rest| rest.split(' ').next());
+    let most: f64 = most.and_then(|most| most.parse().ok()).expect("a share");
+
+    let variant = variant(false);
+    let truth = truth::of(&variant, &play(&variant));
+    let exposed: i64 = truth
+        .leaves
+        .iter()
+        .filter(|(leaf, _)| leaf.starts_with("comm.") && **leaf != "comm.skew")
+        .map(|(_, ns)| ns)
+        .sum();
+    let half = 100.0 * exposed as f64 / truth.total_ns as f64 / 2.0;
+    assert!(
+        half > 1.0 && (most - half).abs() < half / 5.0,
+        "{row:?}, and {half} %"
+    );
 }

@@ -1,7 +1,12 @@
 //! What the devices told joins the verdicts it explains.
 
+use super::words::{evidence, percent};
+use crate::budget::Budget;
+use crate::budget::arith::mul_div;
 use crate::cause::Cause;
+use crate::facts::PPM;
 use crate::job::Verdict;
+use crate::leaf::Leaf;
 use crate::links::{Finding, FindingCost, Severity};
 
 /// Most rows of evidence a verdict takes over from findings.
@@ -9,7 +14,12 @@ const MOST_ROWS: usize = 8;
 
 /// Gives verdicts the evidence of findings that mean the same, and findings what they cost: named by a verdict, or,
 /// where a job's time was `analysed`, nothing that could be measured.
-pub(in crate::job) fn join_findings(verdicts: &mut [Verdict], findings: &mut [Finding], analysed: bool) {
+pub(in crate::job) fn join_findings(
+    verdicts: &mut [Verdict],
+    findings: &mut [Finding],
+    analysed: bool,
+    totals: &[Budget],
+) {
     for finding in findings.iter_mut() {
         let is_named = verdicts
             .iter()
@@ -19,6 +29,9 @@ pub(in crate::job) fn join_findings(verdicts: &mut [Verdict], findings: &mut [Fi
             (false, true) => FindingCost::NothingMeasured,
             (false, false) => FindingCost::NotMeasured,
         };
+        if finding.cost == FindingCost::NothingMeasured {
+            bound(finding, totals);
+        }
     }
     for verdict in verdicts {
         let meant: Vec<&Finding> = findings
@@ -37,6 +50,33 @@ pub(in crate::job) fn join_findings(verdicts: &mut [Verdict], findings: &mut [Fi
             complete(verdict, only);
         }
     }
+}
+
+/// What a link that carries less than it should can cost at most, where no healthy stretch shows what it does: nobody knows
+/// whether the collectives wait for this link, but if they all do, they take no longer than its lost rate makes them.
+fn bound(finding: &mut Finding, totals: &[Budget]) {
+    let by_network = matches!(
+        finding.cause,
+        Cause::NetworkPcie | Cause::NetworkConfig | Cause::NetworkNic
+    );
+    let Some(carries_ppm) = finding.carries_ppm.filter(|_| by_network) else {
+        return;
+    };
+    let sum = |of: &dyn Fn(&Budget) -> u64| totals.iter().map(of).fold(0, u64::saturating_add);
+    let exposed = sum(&|total| {
+        let leaves = [Leaf::CommTransfer, Leaf::CommNet, Leaf::CommProto];
+        let ns = leaves.map(|leaf| u64::try_from(total.leaf_ns(leaf)).unwrap_or(0));
+        ns.iter().sum()
+    });
+    let most = mul_div(exposed, PPM.saturating_sub(carries_ppm), PPM);
+    finding.evidence.push(evidence(
+        "GPU time it may cost: nothing shows how the job does without it, so this is no verdict".into(),
+        format!(
+            "from 0 % to {} (if every exposed collective waits for this link)",
+            percent(mul_div(most, PPM, sum(&Budget::window_ns)))
+        ),
+        "0 %".into(),
+    ));
 }
 
 /// A verdict about a whole node, or the job, is about the one device that says so.
