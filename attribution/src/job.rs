@@ -95,6 +95,27 @@ pub struct RuledOut {
     pub why: String,
 }
 
+/// What was seen, beside what a healthy job shows.
+pub(crate) fn evidence(
+    what: impl Into<String>,
+    value: impl Into<String>,
+    expected: impl Into<String>,
+) -> Evidence {
+    Evidence {
+        what: what.into(),
+        value: value.into(),
+        expected: expected.into(),
+    }
+}
+
+/// A cause that it is not, and why.
+pub(crate) fn ruled_out(cause: Cause, why: impl Into<String>) -> RuledOut {
+    RuledOut {
+        cause,
+        why: why.into(),
+    }
+}
+
 /// What fixing the cause would return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Recovers {

@@ -18,7 +18,7 @@ mod unseen;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Place};
 use crate::facts::{GpuSubject, HardwareFacts, PortFacts};
-use crate::job::{Evidence, RuledOut};
+use crate::job::{Evidence, RuledOut, evidence, ruled_out};
 use crate::time::Window;
 use gather::Hardware;
 
@@ -232,21 +232,6 @@ fn share(ppb: u64) -> String {
 /// Parts per billion.
 fn ppb(part: u64, whole: u64) -> u64 {
     mul_div(part, 1_000_000_000, whole)
-}
-
-fn evidence(what: impl Into<String>, value: impl Into<String>, expected: impl Into<String>) -> Evidence {
-    Evidence {
-        what: what.into(),
-        value: value.into(),
-        expected: expected.into(),
-    }
-}
-
-fn ruled_out(cause: Cause, why: impl Into<String>) -> RuledOut {
-    RuledOut {
-        cause,
-        why: why.into(),
-    }
 }
 
 /// The middle value of some, asked for again and again with one left out.

@@ -1,13 +1,13 @@
 //! Checkpoints that cost too much.
 
-use super::words::{self, evidence, millis, percent};
+use super::words::{self, millis, percent};
 use super::{Case, RETURNS_PERCENT};
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::{GpuHistory, PPM, SpanKind};
 use crate::job::align::median;
 use crate::job::rollup::realtime;
-use crate::job::{Recovers, Verdict};
+use crate::job::{Recovers, Verdict, evidence};
 use crate::leaf::Leaf;
 
 /// Checkpoints cost at least this share of all GPU time, parts per million.
@@ -89,20 +89,16 @@ pub(super) fn checkpoint(case: &Case<'_>) -> Option<Verdict> {
     );
     let evidence = vec![
         evidence(
-            "GPU time spent in checkpoints, waiting of others included".into(),
+            "GPU time spent in checkpoints, waiting of others included",
             percent(share),
-            "below 3 %".into(),
+            "below 3 %",
         ),
         evidence(
-            "checkpoints seen".into(),
+            "checkpoints seen",
             format!("{} of {} ({every})", found.len(), millis(length)),
-            "short against their interval".into(),
+            "short against their interval",
         ),
-        evidence(
-            "share since the first of them".into(),
-            percent(since),
-            "below 5 %".into(),
-        ),
+        evidence("share since the first of them", percent(since), "below 5 %"),
     ];
     let place = Place::default();
     Some(Verdict {

@@ -1,11 +1,11 @@
 //! What the devices told joins the verdicts it explains.
 
-use super::words::{evidence, percent};
+use super::words::percent;
 use crate::budget::Budget;
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
 use crate::facts::PPM;
-use crate::job::Verdict;
+use crate::job::{Verdict, evidence};
 use crate::leaf::Leaf;
 use crate::links::{Finding, FindingCost, Severity};
 
@@ -70,12 +70,12 @@ fn bound(finding: &mut Finding, totals: &[Budget]) {
     });
     let most = mul_div(exposed, PPM.saturating_sub(carries_ppm), PPM);
     finding.evidence.push(evidence(
-        "GPU time it may cost: nothing shows how the job does without it, so this is no verdict".into(),
+        "GPU time it may cost: nothing shows how the job does without it, so this is no verdict",
         format!(
             "from 0 % to {} (if every exposed collective waits for this link)",
             percent(mul_div(most, PPM, sum(&Budget::window_ns)))
         ),
-        "0 %".into(),
+        "0 %",
     ));
 }
 

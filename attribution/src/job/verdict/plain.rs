@@ -1,12 +1,12 @@
 //! When no cause is named: nothing stands out, or something does and nothing says why.
 
-use super::words::{self, evidence, millis, percent};
+use super::words::{self, millis, percent};
 use super::{Case, finish};
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::PPM;
 use crate::job::ledger::Ledger;
-use crate::job::{Evidence, Recovers, Verdict};
+use crate::job::{Evidence, Recovers, Verdict, evidence};
 use crate::leaf::{Class, Leaf};
 
 /// Steps longer than the healthy regime's by this much want an explanation, parts per million.
@@ -26,9 +26,9 @@ pub(super) fn unexplained(case: &Case<'_>) -> Option<Verdict> {
     let idle = case.ledgers.iter().filter_map(|ledger| {
         let ns: u64 = ledger.ranks.iter().map(|rank| rank.leaf(Leaf::IdleUnknown)).sum();
         let seen = evidence(
-            "idle GPU time without an explanation".into(),
+            "idle GPU time without an explanation",
             percent(ledger.share_ppm(ns)),
-            "below 10 %".into(),
+            "below 10 %",
         );
         (ledger.share_ppm(ns) >= UNEXPLAINED_IDLE_PPM).then(|| (ns, ledger, vec![seen]))
     });
@@ -58,7 +58,7 @@ fn grown(ledger: &Ledger, base: &Ledger) -> Vec<Evidence> {
         .collect();
     leaves.sort_by_key(|(now, before, _)| core::cmp::Reverse(now.saturating_sub(*before)));
     let step = evidence(
-        "median step".into(),
+        "median step",
         millis(ledger.median_step_ns),
         millis(base.median_step_ns),
     );
@@ -88,11 +88,7 @@ pub(super) fn nothing(case: &Case<'_>) -> Verdict {
         } else {
             "no cause stands out"
         };
-        evidence(
-            format!("{} of all GPU time", leaf.name()),
-            percent(share),
-            own.into(),
-        )
+        evidence(format!("{} of all GPU time", leaf.name()), percent(share), own)
     });
     let mut verdict = plain(Cause::None, largest.collect());
     verdict.confidence = if case.steps.len() >= 10 {

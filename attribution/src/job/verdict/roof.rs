@@ -3,13 +3,13 @@
 //! Low utilisation of the peak is not always waste: a job that reads its weights for every token is bound by the
 //! device's memory, and no kernel does better. The same figure in training is a loss.
 
-use super::words::{self, evidence, percent};
+use super::words::{self, percent};
 use super::{Case, finish};
 use crate::budget::Budget;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::{Activity, PPM};
-use crate::job::{Evidence, Recovers, RuledOut, Verdict};
+use crate::job::{Evidence, Recovers, RuledOut, Verdict, evidence};
 use crate::leaf::{Class, Leaf};
 
 /// The best any GEMM reaches of the peak, and the most that memory activity reaches, parts per million.
@@ -177,14 +177,14 @@ pub(super) fn slow_kernels(case: &Case<'_>) -> Option<Verdict> {
         },
         evidence: vec![
             evidence(
-                "the model's arithmetic at the peak, of the time in kernels".into(),
+                "the model's arithmetic at the peak, of the time in kernels",
                 percent(limits.efficiency_ppm),
-                "above 30 %".into(),
+                "above 30 %",
             ),
             evidence(
-                "memory activity while the device is busy".into(),
+                "memory activity while the device is busy",
                 percent(limits.memory_ppm.unwrap_or(0)),
-                "about 80 % is all that memory gives".into(),
+                "about 80 % is all that memory gives",
             ),
         ],
         ruled_out: vec![RuledOut {

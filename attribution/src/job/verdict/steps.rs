@@ -1,9 +1,9 @@
 //! How a verdict says what the ranks' network steps waited for.
 
-use super::words::{View, evidence, percent};
+use super::words::{View, percent};
 use crate::cause::Cause;
 use crate::job::waits::{RankWaits, Says, Slow};
-use crate::job::{Evidence, RuledOut};
+use crate::job::{Evidence, RuledOut, evidence};
 
 /// Most ranks whose steps a verdict tells of.
 const MOST_ROWS: usize = 4;

@@ -4,8 +4,8 @@ use super::rules::Candidate;
 use super::steps;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::GpuSubject;
-use crate::job::Evidence;
 use crate::job::ledger::{Ledger, RankLedger};
+use crate::job::{Evidence, evidence};
 use crate::leaf::Leaf;
 
 /// Parts per million as a percentage with one digit.
@@ -92,14 +92,6 @@ fn per_step<'a>(ranks: impl Iterator<Item = &'a RankLedger>, of: impl Fn(&RankLe
     sum / steps.max(1)
 }
 
-pub(super) fn evidence(what: String, value: String, expected: String) -> Evidence {
-    Evidence {
-        what,
-        value,
-        expected,
-    }
-}
-
 /// What was seen, with how many independent kinds of evidence agree.
 pub(super) fn seen(view: &View<'_>) -> (Vec<Evidence>, usize) {
     let mut seen = vec![cost(view)];
@@ -141,7 +133,7 @@ pub(super) fn seen(view: &View<'_>) -> (Vec<Evidence>, usize) {
     seen.extend(steps::rows(view));
     if let Some(base) = view.base {
         let (now, before) = (view.ledger.median_step_ns, base.median_step_ns);
-        seen.push(evidence("median step".into(), millis(now), millis(before)));
+        seen.push(evidence("median step", millis(now), millis(before)));
     }
     (seen, kinds)
 }
@@ -156,7 +148,7 @@ fn cost(view: &View<'_>) -> Evidence {
             view.ledger.steps.len()
         ),
         format!("{share} (waiting of others {waiting})"),
-        "below 5 %".into(),
+        "below 5 %",
     )
 }
 
@@ -296,7 +288,7 @@ fn contention(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     seen.push(evidence(
         format!("SM time of other processes, {}", view.who()),
         format!("{}{process}", percent(share)),
-        "0 %: the GPU belongs to the job".into(),
+        "0 %: the GPU belongs to the job",
     ));
     let clocks: Vec<u64> = view.ranks().filter_map(|rank| rank.sm_mhz).collect();
     if let Some(mhz) = clocks.first() {
@@ -305,11 +297,7 @@ fn contention(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
             .find_map(|rank| rank.reference_mhz)
             .map(|mhz| format!("{mhz} MHz"));
         let expected = reference.unwrap_or_else(|| "unchanged".into());
-        seen.push(evidence(
-            "SM clock beside it".into(),
-            format!("{mhz} MHz"),
-            expected,
-        ));
+        seen.push(evidence("SM clock beside it", format!("{mhz} MHz"), expected));
     }
     2
 }
@@ -344,7 +332,7 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
                 port.sent_bytes_per_s() / 1_000_000,
                 percent(port.behind_ppm()),
             ),
-            expected.into(),
+            expected,
         ));
     }
     for port in view.ledger.ports.iter().filter(|port| port.window_probes > 0) {
@@ -355,7 +343,7 @@ fn network(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
         seen.push(evidence(
             what,
             format!("up to {}", port.window_probes),
-            "0: a receiver that reads has room".into(),
+            "0: a receiver that reads has room",
         ));
     }
     2
@@ -372,7 +360,7 @@ fn links(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
                     most(|rank| rank.nvlinks_down.into()),
                     most(|rank| rank.nvlinks.into())
                 ),
-                "0".into(),
+                "0",
             ));
             seen.push(view.leaf("communication beyond what it takes with all links", Leaf::CommNet));
         }
@@ -382,7 +370,7 @@ fn links(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
                 "rate of the host's link of what device and slot could, {}",
                 view.who()
             );
-            seen.push(evidence(what, percent(least), "100.0 %".into()));
+            seen.push(evidence(what, percent(least), "100.0 %"));
             seen.push(view.leaf(
                 "exposed copies beyond what they take at the full rate",
                 Leaf::MemoryPcie,
@@ -396,7 +384,7 @@ fn links(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
                     most(|rank| rank.faults.into()),
                     most(|rank| rank.fault_code.into())
                 ),
-                "0".into(),
+                "0",
             ));
         }
     }
@@ -412,7 +400,7 @@ fn imbalance(view: &View<'_>, seen: &mut Vec<Evidence>) -> usize {
     seen.push(evidence(
         format!("others waited for it, {}", view.who()),
         format!("{late} of {steps} steps"),
-        "no rank".into(),
+        "no rank",
     ));
     1
 }
