@@ -17,6 +17,7 @@ pub mod flops;
 pub mod job;
 pub mod leaf;
 pub mod links;
+mod noise;
 pub mod peaks;
 pub mod reading;
 pub mod steps;

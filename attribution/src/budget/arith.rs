@@ -20,6 +20,12 @@ pub(crate) fn signed(ns: u64) -> i64 {
     i64::try_from(ns).unwrap_or(i64::MAX)
 }
 
+/// The middle value, the upper one of an even number; 0 of nothing.
+pub(crate) fn median<T: Ord + Copy + Default>(mut values: Vec<T>) -> T {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
 /// Splits `total` in proportion to `weights` into parts that sum to it exactly; all zero when no weight is set.
 ///
 /// Cumulative rounding: no part is off by more than one.

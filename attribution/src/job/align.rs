@@ -4,6 +4,7 @@
 //! the ranks' own counts, tell which steps belong together: an agent that started late counts from its own first.
 
 use super::rollup::realtime;
+use crate::budget::arith::median;
 use crate::facts::{GpuHistory, GpuStep, RecordGap, Span, SpanKind};
 use crate::leaf::{Class, Leaf};
 use crate::time::Window;
@@ -208,10 +209,4 @@ fn nearest(row: &[(Window, Cell<'_>)], from: usize, end_ns: u64, tolerance_ns: u
     .flatten()
     .min_by_key(off)
     .filter(|at| off(at) <= tolerance_ns)
-}
-
-/// The middle value, the upper one of an even number; 0 of nothing.
-pub(super) fn median<T: Ord + Copy + Default>(mut values: Vec<T>) -> T {
-    values.sort_unstable();
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }

@@ -9,8 +9,8 @@
 
 use core::ops::Range;
 
-use super::align::{AlignedStep, ByLeaf, median};
-use crate::budget::arith::{apportion, mul_div, signed};
+use super::align::{AlignedStep, ByLeaf};
+use crate::budget::arith::{apportion, median, mul_div, signed};
 use crate::facts::StepMethod;
 use crate::leaf::{Class, Leaf};
 

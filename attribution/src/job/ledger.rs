@@ -2,16 +2,17 @@
 
 use core::ops::Range;
 
-use super::align::{AlignedStep, ByLeaf, Cell, class_ns, median};
+use super::align::{AlignedStep, ByLeaf, Cell, class_ns};
 use super::blame::Skew;
 use super::network::{self, PortLoad, Pressure};
 use super::pressure;
 use super::regimes;
 use super::waits::{self, RankWaits, Says};
-use crate::budget::arith::{apportion, mul_div, signed};
+use crate::budget::arith::{apportion, median, mul_div, signed};
 use crate::facts::{GpuSubject, HardwareFacts, LinkFacts, PPM, PortFacts};
 use crate::leaf::{Class, Leaf};
 use crate::links::Finding;
+use crate::noise::noise_ppm;
 use crate::time::Window;
 
 /// One rank over one regime.
@@ -288,7 +289,7 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, told: &
     let lengths: Vec<u64> = part.iter().map(AlignedStep::step_ns).collect();
     Ledger {
         median_step_ns: median(lengths.clone()),
-        noise_ppm: regimes::noise_ppm(&lengths),
+        noise_ppm: noise_ppm(&lengths),
         late_steps: skew.late[regime.clone()]
             .iter()
             .filter(|late| !late.is_empty())

@@ -5,9 +5,10 @@
 
 use core::ops::Range;
 
-use super::align::{AlignedStep, median};
-use crate::budget::arith::mul_div;
+use super::align::AlignedStep;
+use crate::budget::arith::median;
 use crate::facts::PPM;
+use crate::noise::noise_ppm;
 
 /// Least difference of medians on a noisy host, parts per million of the smaller.
 const DIFFERENCE_PPM: u64 = 60_000;
@@ -50,16 +51,6 @@ fn warm_up(lengths: &[u64]) -> usize {
     } else {
         0
     }
-}
-
-/// Median distance from the median, parts per million of it.
-pub(super) fn noise_ppm(lengths: &[u64]) -> u64 {
-    let middle = median(lengths.to_vec());
-    mul_div(
-        median(lengths.iter().map(|length| length.abs_diff(middle)).collect()),
-        PPM,
-        middle,
-    )
 }
 
 /// Least difference of two stretches with such noise, parts per million: a steady job shows small changes.

@@ -7,7 +7,7 @@ use super::ledger::{Ledger, Told, ledgers};
 use super::verdict::{self, Case};
 use super::{Blame, GpuSummary, JobAnalysis, Tier, blame, regimes};
 use crate::budget::Budget;
-use crate::budget::arith::mul_div;
+use crate::budget::arith::{median, mul_div};
 use crate::cause::{Cause, Place};
 use crate::facts::{Activity, GpuHistory, GpuSubject, JobFacts, PPM, StepMethod};
 use crate::leaf::Leaf;
@@ -117,7 +117,7 @@ fn summary(history: &GpuHistory, at: usize, ledgers: &[Ledger]) -> GpuSummary {
         ),
         steps: steps.len() as u64,
         period_calls: typical(steps.iter().map(|step| step.period_calls)).unwrap_or(0),
-        median_step_ns: align::median(steps.iter().map(|step| step.window.len_ns()).collect()),
+        median_step_ns: median(steps.iter().map(|step| step.window.len_ns()).collect()),
         activity: activity(history),
     }
 }

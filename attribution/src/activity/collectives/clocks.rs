@@ -7,6 +7,7 @@
 //! it is nobody's.
 
 use super::meetings::Members;
+use crate::budget::arith::median;
 
 /// Ends that agree this closely were taken on one clock; those that no line brings this close are not aligned, ns.
 const ONE_CLOCK_NS: u64 = 50_000;
@@ -195,7 +196,7 @@ impl Aligning<'_> {
                 let ends = aligned
                     .iter()
                     .map(|(line, sequence)| line.common(sequence[at].window.end_ns()));
-                middle(ends.collect())
+                median(ends.collect())
             })
             .collect()
     }
@@ -226,7 +227,7 @@ fn fit(pairs: &[(u64, u64)], clock: usize) -> Option<Line> {
     let apart = |(own, common): &(u64, u64)| own.wrapping_sub(*common).cast_signed();
     let (at_ns, _) = *pairs.get(pairs.len() / 2)?;
     let level = Line {
-        offset_ns: middle(pairs.iter().map(apart).collect()),
+        offset_ns: median(pairs.iter().map(apart).collect()),
         at_ns,
         ..Line::reference(clock)
     };
@@ -240,7 +241,7 @@ fn fit(pairs: &[(u64, u64)], clock: usize) -> Option<Line> {
             .iter()
             .map(|pair| apart(pair).saturating_sub(flat.offset(pair.0)));
         Line {
-            offset_ns: middle(left.collect()),
+            offset_ns: median(left.collect()),
             ..flat
         }
     });
@@ -269,7 +270,7 @@ fn drift_ppb(pairs: &[(u64, u64)]) -> Option<i64> {
             i64::try_from((gained * PPB).checked_div(i128::from(own))?).ok()
         })
         .collect();
-    (!drifts.is_empty()).then(|| middle(drifts))
+    (!drifts.is_empty()).then(|| median(drifts))
 }
 
 /// How far a line leaves ends apart: the middle one, and the one that nine of ten lie below, ns.
@@ -285,11 +286,6 @@ fn errors(line: &Line, pairs: &[(u64, u64)]) -> (u64, u64) {
 
 fn collectives(members: &Members<'_>) -> usize {
     members.values().map(Vec::len).min().unwrap_or(0)
-}
-
-fn middle<T: Ord + Copy + Default>(mut values: Vec<T>) -> T {
-    values.sort_unstable();
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 const fn shifted(at_ns: u64, by_ns: i64) -> u64 {

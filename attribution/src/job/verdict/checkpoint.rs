@@ -2,10 +2,10 @@
 
 use super::words::{self, millis, percent};
 use super::{Case, RETURNS_PERCENT};
+use crate::budget::arith::median;
 use crate::budget::arith::mul_div;
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::{GpuHistory, PPM, SpanKind};
-use crate::job::align::median;
 use crate::job::rollup::realtime;
 use crate::job::{Recovers, Verdict, evidence};
 use crate::leaf::Leaf;

@@ -8,15 +8,10 @@ use crate::cause::Cause;
 use crate::facts::PPM;
 use crate::job::ledger::{Ledger, RankLedger};
 use crate::job::network::Pressure;
+use crate::noise;
 
-/// Noise of the steps' lengths at which a host counts as noisy, parts per million.
-const NOISY_PPM: u64 = 12_000;
-/// In a steady job this share of the usual threshold is enough, percent.
-const STEADY_PERCENT: u64 = 35;
 /// Part of a regime's steps that says enough of a fault, parts per million.
 const LEAST_ACTIVE_PPM: u64 = 250_000;
-/// However steady: least share of GPU time that is named, parts per million.
-const LEAST_PPM: u64 = 18_000;
 /// Launches per step above the healthy regime's by this much mean that there is more to launch, parts per million.
 const MORE_LAUNCHES_PPM: u64 = 1_400_000;
 /// Work of the host that costs this share by itself may keep other threads waiting, parts per million.
@@ -55,8 +50,7 @@ fn least_ppm(candidate: &Candidate, ledger: &Ledger) -> u64 {
         || cause == Cause::HostCpu && ledger.is_held_back();
     let least = usual_ppm(cause, ledger, compared, candidate.is_widespread());
     if stands_out {
-        let steadiness = mul_div(ledger.noise_ppm, 100, NOISY_PPM).clamp(STEADY_PERCENT, 100);
-        mul_div(least, steadiness, 100).max(least.min(LEAST_PPM))
+        noise::least_ppm(least, ledger.noise_ppm)
     } else {
         least
     }
