@@ -31,6 +31,11 @@ const PAUSE_NS: u64 = 5 * MS;
 const READING_NS: u64 = 200 * MS;
 const COMPUTE_STREAM: u64 = 1;
 const COMM_STREAM: u64 = 2;
+/// By how much a rank's share of all blame may be off what its slowness costs: where the edges of the first steps are not
+/// known yet, averages of the devices over a minute tell who was late, and the other pipelines' own bubbles count.
+const OFF_OF_OTHERS: f64 = 0.02;
+/// The same of the slow rank, which lacks what all others have too much.
+const OFF_OF_SLOWEST: f64 = 0.1;
 
 fn script(arguments: &[&str], test: &str) -> Option<String> {
     let output = Command::new(python(test)?)
@@ -56,23 +61,28 @@ fn published() -> Value {
     serde_json::from_slice(&text).expect("JSON")
 }
 
+/// What the replay says of the trace; `None` without Python.
+fn what_if(test: &str) -> Option<Value> {
+    let text = script(&["what-if", &trace(), &STEPS.to_string()], test)?;
+    Some(serde_json::from_str(&text).expect("JSON"))
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().expect("a number")
+}
+
 #[test]
 fn the_slow_worker_explains_the_slowdown() {
-    let Some(text) = script(&["what-if", &trace()], "the_slow_worker_explains_the_slowdown") else {
+    let Some(found) = what_if("the_slow_worker_explains_the_slowdown") else {
         return;
     };
-    let found: Value = serde_json::from_str(&text).expect("JSON");
-    let number = |value: &Value| value.as_f64().expect("a number");
     assert_eq!(found["slowest"], serde_json::json!([0, 0]));
     let slowdown = number(&published()["tori"]) / number(&published()["tideal"]);
     assert!((slowdown - 1.973).abs() < 0.0005, "{slowdown}");
-    assert!(
-        (number(&found["slowdown"]) / slowdown - 1.0).abs() < 0.01,
-        "{found}"
-    );
+    assert!((number(&found["slowdown"]) - slowdown).abs() < 0.0005, "{found}");
     let share = number(&published()["Mw"]);
     assert!(
-        (number(&found["share_of_slowest"]) - share).abs() < 0.02,
+        (number(&found["share_of_slowest"]) - share).abs() < 0.0005,
         "{found}"
     );
     let seconds = |key: &str| number(&found["mean_seconds"][key]);
@@ -88,9 +98,8 @@ fn the_slow_worker_explains_the_slowdown() {
 
 #[test]
 fn recordings_of_the_job_blame_its_slow_worker() {
-    let steps = STEPS.to_string();
-    let arguments = ["spans", &trace(), &steps];
-    let Some(text) = script(&arguments, "recordings_of_the_job_blame_its_slow_worker") else {
+    let name = "recordings_of_the_job_blame_its_slow_worker";
+    let Some(text) = script(&["spans", &trace(), &STEPS.to_string()], name) else {
         return;
     };
     let folder = tempfile::tempdir().expect("a folder");
@@ -114,17 +123,21 @@ fn recordings_of_the_job_blame_its_slow_worker() {
             .any(|out| out.cause == "network.nic"),
         "the network is ruled out by name"
     );
+    // What each worker's slowness costs by the replay: all but one are victims.
+    let costs = what_if(name).expect("the same Python");
     let mut blamed: BTreeMap<Option<u32>, u64> = BTreeMap::new();
     for blame in &job.blame {
         *blamed.entry(blame.rank).or_default() += blame.cost_ns;
     }
-    let slow = blamed.remove(&Some(0)).unwrap_or(0);
-    // Last stages whose data-parallel twins wait as they do share what is moved before steps are found; none of them
-    // is named, and none carries as much as the slow worker.
+    let all: u64 = blamed.values().sum();
     for (rank, cost_ns) in blamed {
+        let rank = rank.expect("all waiting was for somebody");
+        let found = cost_ns as f64 / all as f64;
+        let cost = number(&costs["share_by_rank"][rank.to_string()]);
+        let off = if rank == 0 { OFF_OF_SLOWEST } else { OFF_OF_OTHERS };
         assert!(
-            cost_ns < slow,
-            "rank {rank:?} is blamed {cost_ns}, the slow one {slow}"
+            (found - cost).abs() < off,
+            "rank {rank} is blamed for {found} of the waiting; its slowness costs {cost} of the slowdown"
         );
     }
 }

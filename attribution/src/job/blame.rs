@@ -6,6 +6,9 @@
 //!
 //! Ranks that arrive about as late as the last one share the blame in proportion to their lateness: of a pipeline
 //! stage with more work, or a node without a CPU, chance alone decides which rank is the very last.
+//!
+//! A rank that stands idle for no reason seen may wait for another by a call that is not seen. It does where a rank
+//! that was busy instead waited no longer than it: nobody held that one up, so that one held the others.
 
 use core::ops::Range;
 
@@ -74,10 +77,11 @@ pub(super) fn skew(steps: &[AlignedStep<'_>], regimes: &[Range<usize>]) -> Skew 
             let at = range.start;
             let block = &steps[range];
             let waited = waiting(block);
+            let unexplained = unexplained(block);
             let late: Vec<_> = block
                 .iter()
-                .zip(&waited)
-                .map(|(step, waited)| late_ranks(step, waited))
+                .zip(waited.iter().zip(&unexplained))
+                .map(|(step, (waited, unexplained))| late_ranks(step, waited, unexplained))
                 .collect();
             skew.moves.extend(moves(block, &waited, &late, at));
             skew.waited.splice(at..at + block.len(), waited);
@@ -263,19 +267,57 @@ fn step_waiting(step: &AlignedStep<'_>, compute: &[i64]) -> Vec<u64> {
     if is_chance(most, longest) { none } else { waited }
 }
 
+/// By step of the block and rank: idle time for no reason seen, ns. Where edges of steps are not known its mean over the
+/// block, as of waiting.
+fn unexplained(block: &[AlignedStep<'_>]) -> Vec<Vec<u64>> {
+    let idle = |cell: &super::align::Cell<'_>| {
+        let ns = cell.leaves[Leaf::IdleUnknown.index()];
+        u64::try_from(ns).unwrap_or(0)
+    };
+    if !block.first().is_some_and(is_fixed) {
+        let step = |step: &AlignedStep<'_>| {
+            let cells = step.cells.iter();
+            cells.map(|cell| cell.as_ref().map_or(0, idle)).collect()
+        };
+        return block.iter().map(step).collect();
+    }
+    let ranks = block.first().map_or(0, |step| step.cells.len());
+    let mean = |rank: usize| {
+        let cells = || block.iter().filter_map(|step| step.cells[rank].as_ref());
+        cells().map(idle).sum::<u64>() / cells().count().max(1) as u64
+    };
+    vec![(0..ranks).map(mean).collect(); block.len()]
+}
+
 /// The ranks that waited least, where somebody waited. Of one rank alone nobody knows for whom it waited.
-fn late_ranks(step: &AlignedStep<'_>, waited: &[u64]) -> Vec<Late> {
+fn late_ranks(step: &AlignedStep<'_>, waited: &[u64], unexplained: &[u64]) -> Vec<Late> {
     let most = waited.iter().max().copied().unwrap_or(0);
     if step.present() < 2 || most == 0 {
         return Vec::new();
     }
+    let few_ns = mul_div(most, LATE_PERCENT, 100);
     let present = || (0..waited.len()).filter(|rank| step.cells[*rank].is_some());
     let least = present().map(|rank| waited[rank]).min().unwrap_or(0);
-    present()
-        .filter(|rank| waited[*rank] == least || waited[*rank] < mul_div(most, LATE_PERCENT, 100))
-        .map(|rank| Late {
+    let last: Vec<usize> = present()
+        .filter(|rank| waited[*rank] == least || waited[*rank] < few_ns)
+        .collect();
+    let cells = step.cells.iter().flatten();
+    let step_ns = cells.map(|cell| cell.window_ns).max().unwrap_or(0);
+    // What of a rank's idle time is waiting by a call that is not seen: what it has beyond a rank that waited no longer.
+    let held_ns = |rank: usize| {
+        let others = last.iter().filter(|other| {
+            let longer = waited[**other].saturating_sub(waited[rank]);
+            longer == 0 || is_chance(longer, step_ns)
+        });
+        let busiest = others.map(|other| unexplained[*other]).min();
+        unexplained[rank].saturating_sub(busiest.unwrap_or(u64::MAX))
+    };
+    last.iter()
+        .map(|rank| (*rank, waited[*rank].saturating_add(held_ns(*rank))))
+        .filter(|(_, slack_ns)| *slack_ns == least || *slack_ns < few_ns)
+        .map(|(rank, slack_ns)| Late {
             rank,
-            by_ns: (most - waited[rank]).max(1),
+            by_ns: most.saturating_sub(slack_ns).max(1),
         })
         .collect()
 }

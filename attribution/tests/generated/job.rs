@@ -223,6 +223,87 @@ fn missing_steps_are_named_and_the_rest_still_speaks() {
     assert_eq!(analysis.verdicts[0].place.rank, Some(1));
 }
 
+/// Thirty steps of a second of some ranks, each with its compute, idle time that nothing explains, and communication.
+fn steps_of(ranks: &[(u64, u64)]) -> JobFacts {
+    const MS: i64 = 1_000_000;
+    let history = |(rank, (compute, unexplained)): (u32, &(u64, u64))| {
+        let (compute, unexplained) = (compute.cast_signed(), unexplained.cast_signed());
+        let mut leaves = [0_i64; Leaf::COUNT];
+        leaves[Leaf::ComputeKernel.index()] = compute * MS;
+        leaves[Leaf::IdleUnknown.index()] = unexplained * MS;
+        leaves[Leaf::CommProto.index()] = (1_000 - compute - unexplained) * MS;
+        let second = 1_000 * MS.unsigned_abs();
+        let measured = ((1 << Leaf::COUNT) - 1) & !(1 << Leaf::CommSkew.index());
+        let step = |index: u64| GpuStep {
+            index,
+            window: Window::new(index * second, (index + 1) * second).unwrap(),
+            realtime_offset_ns: 0,
+            method: StepMethod::CollectivePeriod,
+            period_calls: 1,
+            budget: Budget::from_leaves(second, leaves, measured, Vec::new()).unwrap(),
+            signals: StepSignals::default(),
+        };
+        GpuHistory {
+            subject: GpuSubject {
+                job: "j".into(),
+                node: format!("n{rank}"),
+                gpu: 0,
+                pci: String::new(),
+                device: String::new(),
+                rank,
+                world: u32::try_from(ranks.len()).unwrap(),
+                pid: rank,
+            },
+            steps: (1..31).map(step).collect(),
+            spans: Vec::new(),
+        }
+    };
+    JobFacts {
+        job: "j".into(),
+        kind: "pretrain".into(),
+        gpus: (0..).zip(ranks).map(history).collect(),
+        ..JobFacts::default()
+    }
+}
+
+/// Ranks with blame, and the leaf of their own that has most of it.
+fn blamed(ranks: &[(u64, u64)]) -> Vec<(u32, Leaf)> {
+    let facts = steps_of(ranks);
+    let analysis = analyse(&facts);
+    check(&facts, &analysis);
+    let mut found: Vec<(u32, Leaf)> = Vec::new();
+    for blame in &analysis.blame {
+        let rank = blame.place.rank.unwrap();
+        if found.iter().all(|(other, _)| *other != rank) {
+            found.push((rank, blame.leaf));
+        }
+    }
+    found.sort_by_key(|(rank, _)| *rank);
+    found
+}
+
+#[test]
+fn idle_time_for_no_reason_seen_is_no_guilt_beside_a_busy_rank() {
+    // Rank 0 computes all the time; rank 1 waits for it by a call that nobody saw.
+    assert_eq!(
+        blamed(&[(990, 0), (400, 580), (400, 0), (400, 0)]),
+        [(0, Leaf::ComputeKernel)]
+    );
+}
+
+#[test]
+fn idle_time_for_no_reason_seen_is_guilt_where_nobody_else_was_late() {
+    assert_eq!(
+        blamed(&[(400, 590), (400, 0), (400, 0), (400, 0)]),
+        [(0, Leaf::IdleUnknown)]
+    );
+    // Rank 0 computes longer than the others, but waited too: somebody held it up.
+    assert_eq!(
+        blamed(&[(850, 0), (400, 590), (400, 0), (400, 0)]),
+        [(0, Leaf::ComputeKernel), (1, Leaf::IdleUnknown)]
+    );
+}
+
 #[test]
 fn a_single_gpu_has_no_one_to_wait_for() {
     let scenario = Scenario {
