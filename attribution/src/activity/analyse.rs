@@ -12,7 +12,7 @@ use super::steps::{marked, pattern};
 use super::verdict::{self, Case};
 use super::{Declared, Host, KernelClass, Label, RankTrace, Record, TraceJob, Work};
 use crate::budget::Budget;
-use crate::budget::arith::{mul_div, signed};
+use crate::budget::arith::{median, mul_div, signed};
 use crate::cause::{Cause, Place};
 use crate::facts::{GpuSubject, PPM, RecordGap, StepMethod};
 use crate::job::{Blame, FlopsSource, GpuSummary, JobAnalysis, Tier, WorkAccount};
@@ -53,7 +53,7 @@ pub(super) struct Labelled {
     /// Its copies are far slower than those of the best GPU of its kind.
     pub(super) slow_link: bool,
     math: Result<ModelMath, String>,
-    steps: Vec<Window>,
+    pub(super) steps: Vec<Window>,
     method: StepMethod,
     calls: u32,
 }
@@ -272,15 +272,13 @@ impl Labelled {
     }
 
     fn summary(self) -> GpuSummary {
-        let mut lengths: Vec<u64> = self.steps.iter().map(|step| step.len_ns()).collect();
-        lengths.sort_unstable();
         GpuSummary {
             subject: self.subject,
             total: self.total,
             method: self.method,
             steps: self.steps.len() as u64,
             period_calls: self.calls,
-            median_step_ns: lengths.get(lengths.len() / 2).copied().unwrap_or(0),
+            median_step_ns: median(self.steps.iter().map(|step| step.len_ns()).collect()),
             activity: Reading::NotMeasured,
         }
     }

@@ -1,10 +1,11 @@
 //! Causes named from exact leaves.
 //!
 //! In this order: waiting for a late rank and what each rank lost by itself, by cost; else what nothing explains; else
-//! what the kernels themselves leave; else `none`. A rank's own loss counts only beyond what it waits for others anyway:
+//! what the kernels themselves leave; else the small losses that stand out of steady steps; else `none`. A rank's own loss counts only beyond what it waits for others anyway:
 //! without it the rank would wait longer, and the job would gain nothing.
 
 mod compute;
+mod steady;
 mod waiting;
 
 use std::collections::BTreeMap;
@@ -18,11 +19,8 @@ use crate::cause::{Cause, Confidence, Place};
 use crate::facts::PPM;
 use crate::job::{Blame, Evidence, Recovers, RuledOut, Verdict};
 use crate::leaf::{Class, Leaf};
+use steady::Bar;
 
-/// Least share of GPU time that makes a cost a cause, parts per million.
-const LEAST_PPM: u64 = 50_000;
-/// Launching is a cause from here on: every job pays some of it.
-const LEAST_LAUNCH_PPM: u64 = 90_000;
 /// A further cause costs at least this share of the first, percent.
 const BESIDE_PERCENT: u64 = 35;
 /// One rank is the place when it has at least this share of a cost, percent.
@@ -89,35 +87,16 @@ pub(super) const fn late(gpu: &Labelled, leaf: Leaf) -> Cause {
 
 pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
     let total_ns = sum(case, |gpu| gpu.total.window_ns());
-    let mut costs: Vec<(Cause, Cost)> = costs(case)
-        .into_iter()
-        .filter(|(_, cost)| cost.total() > 0)
-        .collect();
-    costs.sort_by(|(a_cause, a), (b_cause, b)| b.total().cmp(&a.total()).then(a_cause.cmp(b_cause)));
-    let mut verdicts: Vec<Verdict> = Vec::new();
-    let mut dropped = Vec::new();
-    for (cause, cost) in costs {
-        let least = if cause == Cause::HostLaunch {
-            LEAST_LAUNCH_PPM
-        } else {
-            LEAST_PPM
-        };
-        let first = verdicts.first().map_or(0, |first| first.cost_ns);
-        let share = mul_div(cost.total(), PPM, total_ns);
-        if share < least || u128::from(cost.total()) * 100 < u128::from(first) * u128::from(BESIDE_PERCENT) {
-            dropped.push(RuledOut {
-                cause,
-                why: format!("costs {} of GPU time", percent(share)),
-            });
-            continue;
-        }
-        verdicts.push(verdict(case, cause, &cost, total_ns));
-    }
-    verdicts.extend(waiting::late_rank(case, total_ns));
-    verdicts.sort_by_key(|verdict| (core::cmp::Reverse(verdict.cost_ns), verdict.cause));
+    let (mut verdicts, mut dropped) = losses(case, total_ns, Bar::Usual);
     if verdicts.is_empty() {
-        let last = unexplained(case, total_ns).or_else(|| compute::kernels(case, total_ns));
-        verdicts.push(last.unwrap_or_else(|| nothing(case, total_ns)));
+        verdicts.extend(unexplained(case, total_ns).or_else(|| compute::kernels(case, total_ns)));
+    }
+    // Small losses are named only where nothing larger is.
+    if let Some(bar) = Bar::of_steps(case.gpus).filter(|_| verdicts.is_empty()) {
+        (verdicts, dropped) = losses(case, total_ns, bar);
+    }
+    if verdicts.is_empty() {
+        verdicts.push(nothing(case, total_ns));
     }
     let network = waiting::network(case, total_ns);
     let mfu = |total_ns: u64| case.ideal_ns.map(|ideal| mul_div(ideal, 10_000, total_ns));
@@ -132,11 +111,32 @@ pub(super) fn judge(case: &Case<'_>) -> Vec<Verdict> {
     verdicts
 }
 
-const fn least_ppm(cause: Cause) -> u64 {
-    match cause {
-        Cause::HostLaunch => LEAST_LAUNCH_PPM,
-        _ => LEAST_PPM,
+/// What ranks lost by themselves and waited for each other, by cost; and what was too small for that.
+fn losses(case: &Case<'_>, total_ns: u64, bar: Bar) -> (Vec<Verdict>, Vec<RuledOut>) {
+    let mut costs: Vec<(Cause, Cost)> = costs(case)
+        .into_iter()
+        .filter(|(_, cost)| cost.total() > 0)
+        .collect();
+    costs.sort_by(|(a_cause, a), (b_cause, b)| b.total().cmp(&a.total()).then(a_cause.cmp(b_cause)));
+    let mut verdicts: Vec<Verdict> = Vec::new();
+    let mut dropped = Vec::new();
+    for (cause, cost) in costs {
+        let first = verdicts.first().map_or(0, |first| first.cost_ns);
+        let share = mul_div(cost.total(), PPM, total_ns);
+        if share < bar.least_ppm(case.gpus, cause)
+            || u128::from(cost.total()) * 100 < u128::from(first) * u128::from(BESIDE_PERCENT)
+        {
+            dropped.push(RuledOut {
+                cause,
+                why: format!("costs {} of GPU time", percent(share)),
+            });
+            continue;
+        }
+        verdicts.push(verdict(case, cause, &cost, total_ns, bar));
     }
+    verdicts.extend(waiting::late_rank(case, total_ns, bar));
+    verdicts.sort_by_key(|verdict| (core::cmp::Reverse(verdict.cost_ns), verdict.cause));
+    (verdicts, dropped)
 }
 
 fn costs(case: &Case<'_>) -> BTreeMap<Cause, Cost> {
@@ -169,7 +169,7 @@ fn price(verdict: &mut Verdict, cost_ns: u64, total_ns: u64) {
     };
 }
 
-fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64) -> Verdict {
+fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64, bar: Bar) -> Verdict {
     let cost_ns = cost.total();
     let worst = cost.own.iter().enumerate().max_by_key(|(_, ns)| **ns);
     let one = worst.filter(|(_, ns)| {
@@ -183,7 +183,7 @@ fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64) -> Verdict
         .map(|(leaf, ns)| Evidence {
             what: format!("{} of all GPU time", leaf.name()),
             value: format!("{} ({})", percent(mul_div(*ns, PPM, total_ns)), millis(*ns)),
-            expected: format!("below {}", percent(least_ppm(cause))),
+            expected: format!("below {}", percent(bar.least_ppm(case.gpus, cause))),
         })
         .collect();
     if cost.hidden > 0 {

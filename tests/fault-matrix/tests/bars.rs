@@ -74,9 +74,10 @@ fn the_verdicts_on_traces_clear_the_bars() {
         "right cause and place too seldom:\n{}",
         table()
     );
-    // A trace is judged without a healthy one beside it: a third of a fault may be too little to name, not to be wrong.
+    // A trace is judged without a healthy one beside it; steps that hardly vary show a third of a fault all the same.
+    let quiet = of(&[Dose::Quiet]);
     assert!(
-        of(&[Dose::Quiet]).place_right >= 6,
+        quiet.place_right * 100 >= quiet.faults * 90,
         "too much was missed:\n{}",
         table()
     );

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::{Case, LEAST_PPM, confirm, late, millis, percent, plain, price, sum};
+use super::steady::Bar;
+use super::{Case, confirm, late, millis, percent, plain, price, sum};
 use crate::activity::analyse::place;
 use crate::activity::blame::{Culprit, Kind, culprit};
 use crate::activity::{KernelClass, Record, Work};
-use crate::budget::arith::mul_div;
+use crate::budget::arith::{median, mul_div};
 use crate::cause::{Cause, Confidence, Place};
 use crate::facts::PPM;
 use crate::job::{Evidence, RuledOut, Verdict};
@@ -23,9 +24,9 @@ const LEAST_KERNELS: usize = 4;
 
 /// Exposed waiting for late ranks, when it is a loss worth naming: the rank, node or stage that most of it was for, and
 /// what it did. Waiting under compute costs nothing and does not count.
-pub(super) fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
+pub(super) fn late_rank(case: &Case<'_>, total_ns: u64, bar: Bar) -> Option<Verdict> {
     let exposed = sum(case, |gpu| gpu.ns(Leaf::CommSkew));
-    if mul_div(exposed, PPM, total_ns) < LEAST_PPM {
+    if mul_div(exposed, PPM, total_ns) < bar.of_waiting() {
         return None;
     }
     let culprit = who(case)?;
@@ -58,6 +59,9 @@ pub(super) fn late_rank(case: &Case<'_>, total_ns: u64) -> Option<Verdict> {
     } else {
         exposed
     };
+    if !bar.is_met(cause, &culprit, mul_div(cost_ns, PPM, total_ns)) {
+        return None;
+    }
     let confirm = if cause == Cause::DevicePcie {
         confirm(cause)
     } else if cause == Cause::KernelClock {
@@ -238,19 +242,14 @@ fn slower_percent(case: &Case<'_>, ranks: &[usize]) -> Option<u64> {
         if mine.is_empty() || others.len() < 2 {
             continue;
         }
-        let (mine, median) = (middle(mine), middle(others));
+        let (mine, typical) = (median(mine), median(others));
         own = own.saturating_add(mine);
-        usual = usual.saturating_add(median);
+        usual = usual.saturating_add(typical);
         kernels += 1;
-        slower += usize::from(u128::from(mine) * 100 >= u128::from(median) * u128::from(SLOWER_PERCENT));
+        slower += usize::from(u128::from(mine) * 100 >= u128::from(typical) * u128::from(SLOWER_PERCENT));
     }
     // One kernel may take longer for its data's sake; a slow device slows nearly all.
     (kernels >= LEAST_KERNELS && slower * 4 >= kernels * 3).then(|| mul_div(own, 100, usual))
-}
-
-fn middle(mut values: Vec<u64>) -> u64 {
-    values.sort_unstable();
-    values.get(values.len() / 2).copied().unwrap_or(0)
 }
 
 /// Median length of each compute kernel, by token.
@@ -266,7 +265,7 @@ fn medians_of(records: &[Record]) -> BTreeMap<u64, u64> {
     }
     lengths
         .into_iter()
-        .map(|(token, lengths)| (token, middle(lengths)))
+        .map(|(token, lengths)| (token, median(lengths)))
         .collect()
 }
 
