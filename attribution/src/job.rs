@@ -189,6 +189,16 @@ pub struct Efficiency {
     pub peak: String,
 }
 
+/// Clocks of nodes that were brought to one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClockAlignment {
+    /// Different clocks, the one whose time the others were brought to included.
+    pub clocks: usize,
+    /// By how much times of different clocks may still be off against each other, ns. Shorter waiting between them is
+    /// nobody's.
+    pub error_ns: u64,
+}
+
 /// What the GPUs worked on, beside where their time went.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct WorkAccount {
@@ -198,6 +208,8 @@ pub struct WorkAccount {
     pub efficiency: Option<Efficiency>,
     /// What to bear in mind when reading the leaves: references used, what they do not cover.
     pub notes: Vec<String>,
+    /// How well clocks of nodes could be compared; `None` with one node, or where none were compared.
+    pub clocks: Option<ClockAlignment>,
 }
 
 /// The whole answer for one job.

@@ -15,7 +15,7 @@ use crate::budget::Budget;
 use crate::budget::arith::{median, mul_div, signed};
 use crate::cause::{Cause, Place};
 use crate::facts::{GpuSubject, PPM, RecordGap, StepMethod};
-use crate::job::{Blame, FlopsSource, GpuSummary, JobAnalysis, Tier, WorkAccount};
+use crate::job::{Blame, ClockAlignment, FlopsSource, GpuSummary, JobAnalysis, Tier, WorkAccount};
 use crate::leaf::Leaf;
 use crate::links::LinkReport;
 use crate::reading::Reading;
@@ -106,7 +106,8 @@ pub fn analyse(job: TraceJob) -> JobAnalysis {
     let blame = blames(&moved, &labelled);
     let observed = observed(&job, &labelled);
     let mut work = work(&labelled, &job.declared);
-    work.notes.extend(alignment(&joined));
+    work.clocks = alignment(&joined);
+    work.notes.extend(work.clocks.map(told));
     work.notes.extend(circles(&moved, &labelled));
     let ideal_ns = work.efficiency.as_ref().map(|_| {
         labelled
@@ -205,6 +206,7 @@ fn work(gpus: &[Labelled], declared: &Declared) -> WorkAccount {
         kernels: by_class(gpus.iter().flat_map(|gpu| &gpu.records)),
         efficiency: efficiency.map(|how| crate::job::Efficiency { hfu_ppm, ..how }),
         notes,
+        clocks: None,
     }
 }
 
@@ -398,15 +400,19 @@ fn blames(moved: &Moved, gpus: &[Labelled]) -> Vec<Blame> {
 }
 
 /// How well clocks of different nodes could be compared.
-fn alignment(joined: &Joined) -> Option<String> {
-    (joined.clocks > 0).then(|| {
-        format!(
-            "comm.skew: {} clocks were aligned by the ends of collectives, to {} us; shorter waiting between them is \
-             nobody's",
-            joined.clocks + 1,
-            joined.residual_ns.div_ceil(1000),
-        )
+fn alignment(joined: &Joined) -> Option<ClockAlignment> {
+    (joined.clocks > 0).then_some(ClockAlignment {
+        clocks: joined.clocks + 1,
+        error_ns: joined.residual_ns,
     })
+}
+
+fn told(alignment: ClockAlignment) -> String {
+    format!(
+        "comm.skew: {} clocks were aligned by the ends of collectives, to {} us; shorter waiting between them is nobody's",
+        alignment.clocks,
+        alignment.error_ns.div_ceil(1000),
+    )
 }
 
 /// Waiting that could not be given to anybody, with the ranks it goes round in.

@@ -13,8 +13,8 @@ use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 
 use super::{
-    Activity, Blame, Document, Evidence, Gap, Gpu, Job, KernelTime, Links, MfuSource, Period, Recovers,
-    Rollup, RuledOut, SCHEMA, Steps, Sweep, Verdict, Where,
+    Activity, Blame, Clocks, Document, Evidence, Gap, Gpu, Job, KernelTime, Links, MfuSource, Period,
+    Recovers, Rollup, RuledOut, SCHEMA, Steps, Sweep, Verdict, Where,
 };
 use crate::share::{Points, Share};
 
@@ -75,6 +75,7 @@ impl From<&JobAnalysis> for Job {
             peak: how.map(|how| how.peak.clone()).or_else(|| peak(analysis)),
             kernels: analysis.work.kernels.iter().map(KernelTime::from).collect(),
             notes: analysis.work.notes.clone(),
+            clocks: analysis.work.clocks.map(Clocks::from),
             total: Rollup::over(&gpus),
             nodes: by_node(&gpus),
             gpus,
@@ -121,6 +122,15 @@ impl From<&job::KernelTime> for KernelTime {
             class: of.class.to_owned(),
             time_ns: of.time_ns,
             count: of.count,
+        }
+    }
+}
+
+impl From<job::ClockAlignment> for Clocks {
+    fn from(of: job::ClockAlignment) -> Self {
+        Self {
+            count: of.clocks,
+            error_ns: of.error_ns,
         }
     }
 }

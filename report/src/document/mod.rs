@@ -73,6 +73,9 @@ pub struct Job {
     /// References that leaves were measured against, and what they do not cover.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+    /// How well times of different nodes could be compared; absent with one node, or where none were compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clocks: Option<Clocks>,
     /// All GPUs summed.
     #[serde(default)]
     pub total: Rollup,
@@ -101,6 +104,15 @@ pub struct KernelTime {
     pub time_ns: u64,
     /// Kernels.
     pub count: u64,
+}
+
+/// Clocks of nodes that were brought to one time by the ends of collectives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    /// How many, the one whose time the others were brought to included.
+    pub count: usize,
+    /// By how much times of different clocks may still be off, ns; shorter waiting between them is nobody's.
+    pub error_ns: u64,
 }
 
 /// What an MFU rests on.

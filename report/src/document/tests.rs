@@ -28,6 +28,20 @@ fn every_fixture_holds_its_sums_and_survives_json() {
 }
 
 #[test]
+fn the_error_of_aligned_clocks_is_a_number() {
+    let mut analysis = fixtures::healthy();
+    let json = |analysis: &_| Document::from(analysis).to_json().unwrap();
+    assert!(!json(&analysis).contains("\"clocks\""), "nothing was aligned");
+    analysis.work.clocks = Some(stallscope_attribution::job::ClockAlignment {
+        clocks: 8,
+        error_ns: 21_500,
+    });
+    let json: serde_json::Value = serde_json::from_str(&json(&analysis)).unwrap();
+    let clocks = &json["jobs"][0]["clocks"];
+    assert_eq!(clocks, &serde_json::json!({"count": 8, "error_ns": 21_500}));
+}
+
+#[test]
 fn the_job_with_most_gpu_time_comes_first() {
     let mut small = fixtures::healthy();
     small.job = "co-tenant".to_owned();
