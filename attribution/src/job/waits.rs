@@ -298,7 +298,9 @@ impl Stretch<'_> {
         (alone && rank.node != sender.node && !waits(&rank)).then_some(Slow::Receiver(at))
     }
 
-    /// Whether every rank was watched before, and none waits longer for the network now.
+    /// Whether every rank was watched before, and none waits longer for the network now. Sockets take what is sent into
+    /// buffers, so that a slow way shows at the receiver alone, as a late sender does: data that is longer on its way says
+    /// that nobody knows.
     fn is_as_before(&self) -> bool {
         let same = |rank: &RankWaits, earlier: &RankWaits, of: fn(&RankWaits) -> u64| {
             of(rank) <= mul_div(of(earlier), SAME_PERCENT, 100).saturating_add(SAME_PPM)
@@ -308,6 +310,7 @@ impl Stretch<'_> {
                 [
                     RankWaits::wire_ppm as fn(&RankWaits) -> u64,
                     RankWaits::flush_ppm,
+                    RankWaits::arrival_ppm,
                     |rank| rank.credit_ppm().unwrap_or(0),
                 ]
                 .into_iter()

@@ -122,8 +122,14 @@ fn flushes_that_take_long_are_the_way_into_that_gpu() {
 #[test]
 fn a_network_as_fast_as_it_was_is_said_to_be() {
     // The step got longer, and everybody waits for GPUs.
-    let now = ring([[60, 1, 4, 60, 0, 4], [62, 1, 4, 58, 0, 4]]);
+    let now = ring([[60, 1, 4, 5, 0, 4], [62, 1, 4, 5, 0, 4]]);
     assert_eq!(says(&now, Some(&ring([QUIET; 2]))), Says::AsBefore);
+    let awaited = ring([[60, 1, 4, 60, 0, 4], [62, 1, 4, 58, 0, 4]]);
+    assert_eq!(
+        says(&awaited, Some(&ring([QUIET; 2]))),
+        Says::Nothing,
+        "what is sent may wait in buffers of sockets"
+    );
     let unseen = ring([QUIET]);
     assert_eq!(
         says(&now, Some(&unseen)),
