@@ -105,7 +105,8 @@ impl RankWaits {
         self.time_ppm(self.seen.waits.receive_flush)
     }
 
-    fn arrival_ppm(&self) -> u64 {
+    /// Waiting for data to arrive, likewise; over sockets a slow way shows here alone, as a late sender does.
+    pub(super) fn arrival_ppm(&self) -> u64 {
         self.time_ppm(self.seen.waits.receive_wire)
     }
 

@@ -77,8 +77,10 @@ fn told(rank: &RankWaits) -> String {
         format!("{gpu} GPU or the receiver's credit, {wire} wire")
     };
     format!(
-        "sending: {sending} (on the wire {} of the time); receiving: {arrival} arrival, {flush} flush, {consume} GPU",
-        percent(rank.wire_ppm())
+        "sending: {sending} (on the wire {} of the time); receiving: {arrival} arrival, {flush} flush, {consume} GPU \
+         (data awaited {} of the time)",
+        percent(rank.wire_ppm()),
+        percent(rank.arrival_ppm()),
     )
 }
 
