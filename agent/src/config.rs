@@ -144,10 +144,13 @@ section! {
 }
 
 section! {
-    /// NCCL's own events, of jobs that were started with the profiler plugin of this package.
+    /// What NCCL's network steps wait for.
     Nccl "nccl" {
-        /// Whether to ask such jobs for the waits of their network steps; see docs/deep-mode.md. Jobs without the plugin
-        /// are seen by probes alone, as they are without this setting.
+        /// Whether to attach to the hooks that NCCL has for it, for a second now and then, within 0.5 % of the time of its
+        /// network threads.
+        waits: bool = true, shown "true";
+        /// Whether to ask jobs that were started with the profiler plugin of this package to tell it themselves; see
+        /// docs/deep-mode.md. Jobs without the plugin are seen by probes alone, as they are without this setting.
         profiler: bool = false, shown "false";
     }
 }

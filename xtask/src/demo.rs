@@ -8,7 +8,7 @@ use stallscope_report::document::Document;
 use stallscope_report::svg::waterfall_file;
 
 use crate::judge;
-use crate::lab::cluster::Cluster;
+use crate::lab::cluster::{Cluster, Watch};
 use crate::lab::observe::{describe, observe, run_folder};
 use crate::paths::Paths;
 use crate::progress::Progress;
@@ -64,7 +64,7 @@ pub fn run(paths: &Paths, args: &Args) -> Result<()> {
         "starting 2 nodes x 2 virtual GPUs with fault {}",
         args.fault
     ));
-    let mut cluster = Cluster::start(paths, &programs, &scenario(paths, &args.fault), &dir, true)?;
+    let mut cluster = Cluster::start(paths, &programs, &scenario(paths, &args.fault), &dir, Watch::All)?;
     progress.event("nodes, agents and collector run");
     let run = observe(&mut cluster, &mut progress, |_, _| Ok(()))?;
     let text = cluster.report("text")?;

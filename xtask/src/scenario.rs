@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::build::Programs;
 use crate::judge::{self, Judgement, Truth};
-use crate::lab::cluster::Cluster;
+use crate::lab::cluster::{Cluster, Watch};
 use crate::lab::observe::{Run, describe, observe, run_folder};
 use crate::overhead::Overhead;
 use crate::paths::Paths;
@@ -93,7 +93,7 @@ pub fn outcome(paths: &Paths, programs: &Programs, file: &Path, keep: bool) -> R
     let mut progress = Progress::start();
     progress.event(&format!("scenario {}", file.display()));
     let run = {
-        let mut cluster = Cluster::start(paths, programs, file, &dir, true)?;
+        let mut cluster = Cluster::start(paths, programs, file, &dir, Watch::All)?;
         observe(&mut cluster, &mut progress, |_, _| Ok(()))
     };
     if keep {

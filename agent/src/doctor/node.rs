@@ -320,7 +320,10 @@ mod tests {
     fn the_plugin_is_missed_only_where_it_was_asked_for() {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().join("plugin.so");
-        let asked = config::Nccl { profiler: true };
+        let asked = config::Nccl {
+            profiler: true,
+            ..config::Nccl::default()
+        };
         let of = |config: &config::Nccl| nccl_profiler(config, std::slice::from_ref(&place)).state;
         assert_eq!(of(&config::Nccl::default()), State::NotConfigured);
         assert_eq!(of(&asked), State::Limited);

@@ -10,6 +10,7 @@ use stallscope_attribution::time::Window;
 
 use super::shared::{Keys, Shared};
 use super::status::Condition;
+use crate::config::Nccl;
 use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
 use crate::sources::nccl_profiler::{self, NcclProfiler};
 use crate::sources::probes::{DeviceError, PostsError, Probes};
@@ -29,6 +30,8 @@ pub(super) struct Discover {
     shared: Arc<Shared>,
     discovery: Discovery,
     probes: Option<Probes>,
+    /// Whether NCCL's wait hooks may be attached.
+    nccl_waits: bool,
     nccl_profiler: Option<NcclProfiler>,
     nccl_profiler_said: Option<Condition>,
     events: Receiver<ProcessEvent>,
@@ -44,12 +47,12 @@ pub(super) struct Discover {
 }
 
 impl Discover {
-    /// `nccl_profiler` is `None` where it was not asked for.
+    /// What was not asked for of NCCL is not looked at.
     pub(super) fn new(
         shared: Arc<Shared>,
         mut discovery: Discovery,
         probes: Option<Probes>,
-        nccl_profiler: Option<NcclProfiler>,
+        nccl: &Nccl,
         events: Receiver<ProcessEvent>,
         facts: SyncSender<Observation>,
     ) -> Self {
@@ -58,7 +61,8 @@ impl Discover {
             shared,
             discovery,
             probes,
-            nccl_profiler,
+            nccl_waits: nccl.waits,
+            nccl_profiler: nccl.profiler.then(NcclProfiler::default),
             nccl_profiler_said: None,
             events,
             facts,
@@ -121,7 +125,7 @@ impl Discover {
     fn poll_waits(&mut self) {
         let Some(probes) = &mut self.probes else { return };
         let plugins = self.nccl_profiler.as_ref();
-        probes.hold_waits(plugins.is_some_and(NcclProfiler::serves_all));
+        probes.hold_waits(!self.nccl_waits || plugins.is_some_and(NcclProfiler::serves_all));
         let mut told = probes.poll_waits(super::now_ns());
         told.retain(|given| !plugins.is_some_and(|plugins| plugins.serves(given.tgid)));
         for given in told {

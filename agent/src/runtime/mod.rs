@@ -37,7 +37,6 @@ use crate::config::{Config, StreamTarget};
 use crate::control::server::ControlServer;
 use crate::record::{RecordError, Recorder};
 use crate::sources::clock;
-use crate::sources::nccl_profiler::NcclProfiler;
 use crate::sources::net::NetSource;
 use crate::sources::probes::{Loaded, Probes, ProbesConfig, Reader};
 use crate::sources::procs::Discovery;
@@ -235,14 +234,7 @@ fn start_threads(
         Ok(model) => discovery.set_model(model),
         Err(why) => missing(shared, "model", &why),
     }
-    let discover = discover::Discover::new(
-        Arc::clone(shared),
-        discovery,
-        probes,
-        config.nccl.profiler.then(NcclProfiler::default),
-        news,
-        facts,
-    );
+    let discover = discover::Discover::new(Arc::clone(shared), discovery, probes, &config.nccl, news, facts);
     let history = history::History::new(Arc::clone(shared), &config.store.dir, ring, recorder, received);
     Ok(vec![
         spawn("stallscope-find", shared, move || discover.run())?,

@@ -10,7 +10,7 @@ use stallscope_e2e::{eventually, privileged, programs};
 use test_cgroups::Tree;
 use xtask::demo;
 use xtask::judge;
-use xtask::lab::cluster::Cluster;
+use xtask::lab::cluster::{Cluster, Watch};
 use xtask::lab::observe::{Run, observe, run_folder};
 use xtask::progress::Progress;
 
@@ -38,7 +38,13 @@ struct Disturbed {
 fn run_disturbed(disturb: impl FnMut(&mut Cluster, u64) -> Result<()>) -> Result<Disturbed> {
     let (paths, programs) = programs()?;
     let (dir, _deleted_at_the_end) = run_folder(false)?;
-    let mut cluster = Cluster::start(&paths, &programs, &demo::scenario(&paths, "thermal"), &dir, true)?;
+    let mut cluster = Cluster::start(
+        &paths,
+        &programs,
+        &demo::scenario(&paths, "thermal"),
+        &dir,
+        Watch::All,
+    )?;
     let run = observe(&mut cluster, &mut Progress::start(), disturb)?;
     Ok(Disturbed {
         run,
@@ -149,7 +155,13 @@ fn a_frozen_agent_catches_up_and_a_killed_job_leaves_a_correct_report() -> Resul
     }
     let (paths, programs) = programs()?;
     let (dir, _deleted_at_the_end) = run_folder(false)?;
-    let mut cluster = Cluster::start(&paths, &programs, &demo::scenario(&paths, "thermal"), &dir, true)?;
+    let mut cluster = Cluster::start(
+        &paths,
+        &programs,
+        &demo::scenario(&paths, "thermal"),
+        &dir,
+        Watch::All,
+    )?;
     let (mut frozen, mut killed) = (None, None);
     // The virtual nodes may end with an error when their job is killed; the report is what counts.
     let _ended = observe(&mut cluster, &mut Progress::start(), |cluster, step| {

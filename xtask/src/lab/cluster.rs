@@ -26,6 +26,17 @@ const COLLECTOR: &str = "collector";
 /// An agent's control socket, beside its configuration.
 const SOCKET: &str = "control.sock";
 
+/// What agents watch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Watch {
+    /// There are no agents.
+    Nothing,
+    /// All but what NCCL's network steps wait for.
+    AllButWaits,
+    /// All.
+    All,
+}
+
 /// A running cluster. Dropping it stops everything and removes what was left.
 pub struct Cluster {
     programs: Programs,
@@ -76,7 +87,7 @@ impl Agent {
 }
 
 impl Cluster {
-    /// Starts the scenario's nodes, the collector, and, where `with_agents`, an agent on each node. Files go to `dir`.
+    /// Starts the scenario's nodes, the collector, and, unless nothing is watched, an agent on each node. Files go to `dir`.
     ///
     /// # Errors
     /// Something did not start; what did is stopped.
@@ -85,7 +96,7 @@ impl Cluster {
         programs: &Programs,
         scenario: &Path,
         dir: &Path,
-        with_agents: bool,
+        watch: Watch,
     ) -> Result<Self> {
         let lock = lock(paths)?;
         fs::create_dir_all(dir).with_context(|| format!("failed to create {}", dir.display()))?;
@@ -117,9 +128,9 @@ impl Cluster {
             _lock: lock,
         };
         cluster.start_collector()?;
-        if with_agents {
+        if watch != Watch::Nothing {
             for node in cluster.ready.nodes.clone() {
-                let config = cluster.write_config(&node)?;
+                let config = cluster.write_config(&node, watch)?;
                 cluster.agents.push(Agent {
                     namespace: Namespace::open(&node.netns)?,
                     node,
@@ -302,7 +313,7 @@ impl Cluster {
         SocketAddr::new(self.ready.collector.ip, PORT)
     }
 
-    fn write_config(&self, node: &Node) -> Result<PathBuf> {
+    fn write_config(&self, node: &Node, watch: Watch) -> Result<PathBuf> {
         let identity = self.authority.issue(&node.name, &[node.ip])?;
         let home = self.dir.join(&node.name);
         fs::create_dir_all(&home)?;
@@ -328,6 +339,9 @@ impl Cluster {
             },
             control: Control {
                 socket: &home.join(SOCKET),
+            },
+            nccl: Nccl {
+                waits: watch == Watch::All,
             },
         };
         let path = home.join("stallscope.toml");
@@ -379,6 +393,7 @@ struct AgentConfig<'a> {
     stream: Stream<'a>,
     store: Store<'a>,
     control: Control<'a>,
+    nccl: Nccl,
 }
 
 #[derive(Serialize)]
@@ -413,4 +428,9 @@ struct Store<'a> {
 #[derive(Serialize)]
 struct Control<'a> {
     socket: &'a Path,
+}
+
+#[derive(Serialize)]
+struct Nccl {
+    waits: bool,
 }
