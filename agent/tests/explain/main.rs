@@ -7,6 +7,7 @@ mod holistic;
 mod hostile;
 mod mutation;
 mod oracle;
+mod snapshots;
 mod straggler;
 
 use std::path::PathBuf;
@@ -41,9 +42,13 @@ fn trace(name: &str) -> Trace {
 }
 
 fn explain(names: &[&str]) -> JobAnalysis {
+    explain_as("job", names)
+}
+
+fn explain_as(job: &str, names: &[&str]) -> JobAnalysis {
     let traces = names
         .iter()
         .map(|name| ((*name).to_owned(), trace(name)))
         .collect();
-    activity::analyse(kineto::job("job", traces).expect("job"))
+    activity::analyse(kineto::job(job, traces).expect("job"))
 }

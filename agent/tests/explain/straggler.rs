@@ -19,6 +19,7 @@ use stallscope::observation::{
 use stallscope::record::Recorder;
 use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
+use stallscope_report::document::Document;
 
 use super::{path, python};
 
@@ -96,16 +97,20 @@ fn the_slow_worker_explains_the_slowdown() {
     }
 }
 
-#[test]
-fn recordings_of_the_job_blame_its_slow_worker() {
-    let name = "recordings_of_the_job_blame_its_slow_worker";
-    let Some(text) = script(&["spans", &trace(), &STEPS.to_string()], name) else {
-        return;
-    };
+/// The report on recordings of the job; `None`, with the reason said, without Python.
+pub(super) fn document(test: &str) -> Option<Document> {
+    let text = script(&["spans", &trace(), &STEPS.to_string()], test)?;
     let folder = tempfile::tempdir().expect("a folder");
     let recordings = convert(&text, folder.path());
     assert_eq!(recordings.len(), 8);
-    let document = recordings::document(&recordings).expect("a report");
+    Some(recordings::document(&recordings).expect("a report"))
+}
+
+#[test]
+fn recordings_of_the_job_blame_its_slow_worker() {
+    let Some(document) = document("recordings_of_the_job_blame_its_slow_worker") else {
+        return;
+    };
     document.check().expect("sums hold");
     let [job] = document.jobs.as_slice() else {
         panic!("one job");
@@ -124,7 +129,7 @@ fn recordings_of_the_job_blame_its_slow_worker() {
         "the network is ruled out by name"
     );
     // What each worker's slowness costs by the replay: all but one are victims.
-    let costs = what_if(name).expect("the same Python");
+    let costs = what_if("recordings_of_the_job_blame_its_slow_worker").expect("the same Python");
     let mut blamed: BTreeMap<Option<u32>, u64> = BTreeMap::new();
     for blame in &job.blame {
         *blamed.entry(blame.rank).or_default() += blame.cost_ns;
