@@ -117,6 +117,9 @@ pub(super) fn find(seen: &Hardware, findings: &mut Vec<Finding>) {
         if seen.is_limited(told[sender].port) {
             continue; // Its own queue dropped them: that is told already.
         }
+        if missing.is_empty() && seen.is_delayed(told[sender].port) {
+            continue; // What it sends is late, not lost: that is told already.
+        }
         // Nobody misses anything, and the peer got packets twice: the answers are lost, not the packets.
         let twice = |at: &usize| told[*at].twice >= LEAST_EVENTS;
         let answers: Vec<usize> = peers.iter().copied().filter(twice).collect();

@@ -27,7 +27,7 @@ impl Hardware {
     }
 
     /// Whether packets waited in the port's own queue although no rate held them: a delay on the way.
-    fn is_delayed(&self, port: &Port) -> bool {
+    pub(super) fn is_delayed(&self, port: &Port) -> bool {
         self.queue_of(port)
             .filter(|queue| queue.limited == 0 && queue.waiting >= LEAST_WINDOWS)
             .is_some_and(|queue| self.stands_out(port, queue.waiting, |queue| queue.waiting))

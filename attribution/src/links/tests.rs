@@ -540,18 +540,19 @@ fn what_was_not_measured_is_not_seen_and_not_healthy() {
     }
 }
 
-#[test]
-fn what_the_own_queue_drops_is_the_senders_and_not_the_ways() {
-    let mut facts = on_nodes(&["a", "b"], |node, _| match node {
-        "a" => vec![("packet_seq_err", 300)],
-        _ => vec![("out_of_sequence", 300)],
-    });
+/// Both ports on the same interface, as soft-`RoCE` has them.
+fn on_interface(mut facts: Vec<HardwareFacts>, name: &str) -> Vec<HardwareFacts> {
     for facts in &mut facts {
         if let HardwareFact::RdmaPort(port) = &mut facts.fact {
-            port.netdev = "eth1".into();
+            port.netdev = name.into();
         }
     }
-    let queue = |node: &str, overlimits| PortFacts {
+    facts
+}
+
+/// Four windows of an interface's own queue.
+fn own_queue(node: &str, backlog_bytes: u64, overlimits: u64) -> Vec<PortFacts> {
+    let queue = PortFacts {
         node: node.into(),
         port: "eth1".into(),
         window: Window::new(0, S).unwrap(),
@@ -559,12 +560,21 @@ fn what_the_own_queue_drops_is_the_senders_and_not_the_ways() {
         line_bytes_per_s: Reading::NotMeasured,
         sent_bytes: 1_000_000,
         received_bytes: 0,
-        backlog_bytes: Reading::Value(overlimits * 100),
+        backlog_bytes: Reading::Value(backlog_bytes),
         queue_overlimits: Reading::Value(overlimits),
         flows: Vec::new(),
     };
-    let ports: Vec<PortFacts> = (0..4).flat_map(|_| [queue("a", 500), queue("b", 0)]).collect();
-    let found = examine(&facts, &ports, &[]).findings;
+    vec![queue; 4]
+}
+
+#[test]
+fn what_the_own_queue_drops_is_the_senders_and_not_the_ways() {
+    let facts = on_nodes(&["a", "b"], |node, _| match node {
+        "a" => vec![("packet_seq_err", 300)],
+        _ => vec![("out_of_sequence", 300)],
+    });
+    let ports = [own_queue("a", 50_000, 500), own_queue("b", 0, 0)].concat();
+    let found = examine(&on_interface(facts, "eth1"), &ports, &[]).findings;
     let [finding] = found.as_slice() else {
         panic!("{found:#?}")
     };
@@ -572,6 +582,27 @@ fn what_the_own_queue_drops_is_the_senders_and_not_the_ways() {
         (finding.cause, finding.side, node(finding)),
         (Cause::NetworkNic, Side::Sender, "a")
     );
+}
+
+#[test]
+fn what_the_own_queue_delays_is_late_and_not_lost() {
+    // a times out and sends again what b gets twice: by the ports alone, b's answers could be lost.
+    let facts = on_nodes(&["a", "b"], |node, _| match node {
+        "a" => vec![("completer_retry_err", 60), ("rcvd_seq_err", 0)],
+        _ => vec![("duplicate_request", 60), ("out_of_seq_request", 0)],
+    });
+    let facts = on_interface(facts, "eth1");
+    let told = |ports: &[PortFacts]| {
+        let found = examine(&facts, ports, &[]).findings;
+        let [finding] = found.as_slice() else {
+            panic!("{found:#?}")
+        };
+        (finding.cause, finding.side, node(finding).to_owned())
+    };
+    let idle = [own_queue("a", 0, 0), own_queue("b", 0, 0)].concat();
+    assert_eq!(told(&idle), (Cause::NetworkFabric, Side::Sender, "b".to_owned()));
+    let late = [own_queue("a", 50_000, 0), own_queue("b", 0, 0)].concat();
+    assert_eq!(told(&late), (Cause::NetworkFabric, Side::Path, "a".to_owned()));
 }
 
 #[test]
