@@ -93,7 +93,7 @@ impl Recorder {
         Ok(recorder)
     }
 
-    /// Appends what the sources gave in one turn.
+    /// Appends what the sources gave in one turn, whole: who is killed loses nothing that was written before.
     ///
     /// # Errors
     /// When it cannot be written: the recording ends before this batch.
@@ -106,7 +106,7 @@ impl Recorder {
             };
             self.put(&message)?;
         }
-        Ok(())
+        self.file.flush().map_err(io_error("write", &self.path))
     }
 
     /// Ends the recording.

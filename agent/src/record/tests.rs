@@ -252,6 +252,24 @@ fn every_fact_comes_back_as_it_was() {
 }
 
 #[test]
+fn a_recorder_that_is_killed_loses_nothing_that_it_wrote() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("killed");
+    let observed = [Observation {
+        window: window(3, 4),
+        fact: every_fact().remove(0),
+    }];
+    let mut recorder = Recorder::create(&path, "node-a").unwrap();
+    recorder.write(&observed).unwrap();
+    // It is still there, and nothing was finished.
+    let mut replay = Replay::open(&path).unwrap();
+    assert_eq!(replay.next_batch().unwrap().unwrap(), observed);
+    assert_eq!(replay.next_batch().unwrap(), None);
+    assert!(!replay.is_torn());
+    drop(recorder);
+}
+
+#[test]
 fn a_replay_gives_the_same_steps_bit_for_bit() {
     let log = job();
     let mut timeline = Timeline::new("node-a");

@@ -113,12 +113,13 @@ impl NetSource {
 
     /// Samples flows and queues; about once a second reports every port.
     pub fn poll(&mut self, now_ns: u64, realtime_offset_ns: i64, traced: &BTreeSet<u32>) -> Vec<Observation> {
-        self.trouble = None;
         let report_due = self
             .begun
             .as_ref()
             .is_none_or(|begun| now_ns >= begun.at_ns.saturating_add(REPORT_NS));
         if report_due {
+            // Flows are looked for once a second: what failed stays true until then.
+            self.trouble = None;
             self.find_flows(now_ns, traced);
         } else {
             self.sample_flows();
