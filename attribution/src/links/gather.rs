@@ -321,7 +321,8 @@ impl Hardware {
         let overlimits = facts.queue_overlimits.value().copied().unwrap_or(0);
         let backlog = facts.backlog_bytes.value().copied().unwrap_or(0);
         queue.windows += 1;
-        queue.limited += u64::from(overlimits > 0);
+        // What the queue drops is counted too, as on a way that loses packets; only what a rate holds back waits.
+        queue.limited += u64::from(overlimits > 0 && backlog > 0);
         queue.waiting += u64::from(backlog > 0);
         queue.overlimits = queue.overlimits.saturating_add(overlimits);
         queue.backlog_bytes = queue.backlog_bytes.max(backlog);

@@ -585,6 +585,24 @@ fn what_the_own_queue_drops_is_the_senders_and_not_the_ways() {
 }
 
 #[test]
+fn what_the_own_queue_loses_without_holding_it_back_is_lost_on_the_way() {
+    // As Linux 6.1 counts with netem losing packets: dropped, and nothing ever waits.
+    let facts = on_nodes(&["a", "b"], |node, _| match node {
+        "a" => vec![("completer_retry_err", 65), ("rcvd_seq_err", 12)],
+        _ => vec![("out_of_seq_request", 65)],
+    });
+    let ports = [own_queue("a", 0, 16), own_queue("b", 0, 0)].concat();
+    let found = examine(&on_interface(facts, "eth1"), &ports, &[]).findings;
+    let [finding] = found.as_slice() else {
+        panic!("{found:#?}")
+    };
+    assert_eq!(
+        (finding.cause, finding.side, node(finding)),
+        (Cause::NetworkFabric, Side::Sender, "a")
+    );
+}
+
+#[test]
 fn what_the_own_queue_delays_is_late_and_not_lost() {
     // a times out and sends again what b gets twice: by the ports alone, b's answers could be lost.
     let facts = on_nodes(&["a", "b"], |node, _| match node {
