@@ -12,9 +12,20 @@ use crate::paths::Paths;
 use crate::{build, demo, lab, package, scenario, setup, vm};
 use tally::Tally;
 
-/// Checks in the virtual machines that every run makes. The others emulate soft-RoCE without the processor's help, up to
-/// minutes each, and some of its transfers hang when packets are lost: `cargo xtask vm` runs them all.
-const MACHINE_CHECKS: [&str; 4] = ["programs load", "doctor", "PCIe errors", "PCIe width"];
+/// Checks in the virtual machines that every run makes, one to two minutes beside the boot. `cargo xtask vm` makes two more: of
+/// packets that get lost, over which soft-`RoCE` may hang, and of ports' counters by themselves, which others read too.
+const MACHINE_CHECKS: [&str; 10] = [
+    "programs load",
+    "doctor",
+    "PCIe errors",
+    "PCIe width",
+    "devices recorded",
+    "queue pairs",
+    "NCCL transport",
+    "late packets",
+    "limited link",
+    "recorders stop",
+];
 /// Faults that `--quick` runs: one without a fault, one of a device, one of a host.
 const QUICK: [&str; 3] = ["none", "thermal", "loader-cpu"];
 

@@ -15,14 +15,17 @@ use super::pair::Pair;
 type Check = fn(&Pair) -> Result<String>;
 
 /// Every check with its name.
-pub(super) const ALL: [(&str, Check); 9] = [
+pub(super) const ALL: [(&str, Check); 12] = [
     ("programs load", programs::load),
     ("doctor", programs::doctor),
     ("RDMA counters", rdma::counters),
-    ("lost packets", links::loss),
-    ("late packets", links::delay),
     ("PCIe errors", pcie::errors),
     ("PCIe width", pcie::width),
-    ("NCCL transport", nccl::transport),
     ("devices recorded", recorded::devices),
+    ("queue pairs", recorded::queue_pairs),
+    ("NCCL transport", nccl::transport),
+    ("lost packets", links::loss),
+    ("late packets", links::delay),
+    ("limited link", links::limit),
+    ("recorders stop", recorded::stopped),
 ];

@@ -101,6 +101,15 @@ impl Guest {
         })
     }
 
+    /// A program that was started, by its id.
+    pub(super) fn started(&self, pid: u32, what: &str) -> Running<'_> {
+        Running {
+            guest: self,
+            what: what.to_owned(),
+            pid,
+        }
+    }
+
     fn ask(&self, job: Job, at_most_s: u64) -> Result<Outcome> {
         let id = self.last.fetch_add(1, Ordering::Relaxed) + 1;
         let (sender, receiver) = channel();
@@ -134,6 +143,11 @@ impl Guest {
 }
 
 impl Running<'_> {
+    /// Its id in the guest.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Waits for its own end, which must be a good one.
     pub(super) fn ended(self, at_most_s: u64) -> Result<()> {
         self.finish(false, at_most_s)

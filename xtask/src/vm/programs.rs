@@ -22,8 +22,10 @@ pub(super) struct Inside {
     pub(super) verifier_counts: PathBuf,
     /// Calls the real NCCL.
     pub(super) nccl_caller: PathBuf,
-    /// Prints what a recording holds of devices; runs on the host.
+    /// Prints what a recording holds of devices, and cuts it; runs on the host.
     pub(super) recorded_hardware: PathBuf,
+    /// Makes a program one of a GPU job when it is preloaded.
+    pub(super) gpu_library: PathBuf,
 }
 
 /// Builds them.
@@ -42,5 +44,23 @@ pub(super) fn build(paths: &Paths, programs: &Programs) -> Result<Inside> {
         verifier_counts: paths.built("dev", "verifier-counts"),
         nccl_caller: paths.built("dev", "nccl_caller"),
         recorded_hardware: paths.built("dev", "recorded-hardware"),
+        gpu_library: gpu_library(paths)?,
     })
+}
+
+/// Compiles what stands for the driver's library, under the driver's name.
+fn gpu_library(paths: &Paths) -> Result<PathBuf> {
+    let folder = paths.target.join("vm");
+    std::fs::create_dir_all(&folder).with_context(|| format!("failed to create {}", folder.display()))?;
+    let library = folder.join("libcuda.so.1");
+    // Most programs that load it have no library for RDMA, which it needs only when called: so it is bound late.
+    let arguments = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-Wl,-z,lazy", "-o"];
+    shell::run(
+        Command::new("cc")
+            .args(arguments)
+            .arg(&library)
+            .arg(paths.root.join("tests/vm/fixtures/libcuda.c")),
+    )
+    .context("the library that stands for the driver's does not compile")?;
+    Ok(library)
 }

@@ -1,19 +1,51 @@
 //! `recorded-hardware FILE`: what a recording holds of the node's devices, one JSON object per line.
+//!
+//! `recorded-hardware FILE FROM TO PART`: writes what was told of devices and links after FROM and up to TO, nanoseconds of the
+//! node's clock, to another recording. FILE may still grow.
 #![forbid(unsafe_code)]
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use stallscope::observation::Fact;
-use stallscope::record::Replay;
+use stallscope::observation::{Fact, Observation};
+use stallscope::record::{Recorder, Replay};
 use stallscope_attribution::facts::{
     Counter, DeviceEvent, DeviceEventKind, HardwareFact, PciDevice, QueuePair, RdmaPort,
 };
 
 fn main() -> Result<()> {
-    let file = std::env::args_os().nth(1).context("the recording is missing")?;
-    let mut replay = Replay::open(Path::new(&file))?;
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.as_slice() {
+        [file] => tell(Path::new(file)),
+        [file, from, to, part] => {
+            let after: u64 = from.parse().context("FROM is no number")?;
+            let span = after.saturating_add(1)..=to.parse().context("TO is no number")?;
+            cut(Path::new(file), &span, Path::new(part))
+        }
+        _ => bail!("FILE [FROM TO PART]"),
+    }
+}
+
+/// What ends within the span; a window that began before it holds nothing else when the devices were idle then.
+fn cut(file: &Path, span: &RangeInclusive<u64>, part: &Path) -> Result<()> {
+    let mut replay = Replay::open(file)?;
+    let mut recorder = Recorder::create(part, replay.node())?;
+    let belongs = |observation: &Observation| match observation.fact {
+        Fact::Hardware(_) | Fact::Port(_) => span.contains(&observation.window.end_ns()),
+        Fact::RealtimeOffset { .. } => true,
+        _ => false,
+    };
+    while let Some(mut batch) = replay.next_batch()? {
+        batch.retain(belongs);
+        recorder.write(&batch)?;
+    }
+    Ok(recorder.finish()?)
+}
+
+fn tell(file: &Path) -> Result<()> {
+    let mut replay = Replay::open(file)?;
     while let Some(batch) = replay.next_batch()? {
         for observation in batch {
             if let Fact::Hardware(facts) = observation.fact {
@@ -59,6 +91,7 @@ fn queue_pair(pair: &QueuePair) -> Value {
         "peer_number": pair.peer_number,
         "posts": pair.posts,
         "posted_bytes": pair.posted_bytes,
+        "cut_calls": pair.cut_calls,
     })
 }
 

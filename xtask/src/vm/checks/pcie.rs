@@ -17,9 +17,18 @@ pub(super) fn card(machine: &Machine) -> Result<String> {
     Ok(path.trim().to_owned())
 }
 
-/// Injects an error into the card of a machine.
-pub(super) fn inject(machine: &Machine) -> Result<()> {
-    let answer = machine.monitor(&format!("pcie_aer_inject_error {CARD} COMP_TIME"))?;
+/// PCI address of the display device, a GPU to the bus.
+pub(super) fn gpu(machine: &Machine) -> Result<String> {
+    let path = machine.guest.shell(
+        "for d in /sys/bus/pci/devices/*; do case $(cat $d/class) in 0x03*) basename $d;; esac; done",
+        20,
+    )?;
+    Ok(path.trim().to_owned())
+}
+
+/// Injects an error that lost a transaction into a device of a machine, by the emulator's name of it.
+pub(super) fn inject(machine: &Machine, device: &str) -> Result<()> {
+    let answer = machine.monitor(&format!("pcie_aer_inject_error {device} COMP_TIME"))?;
     ensure!(answer.starts_with("OK"), "the emulator said {answer:?}");
     Ok(())
 }
@@ -44,7 +53,7 @@ pub(super) fn errors(pair: &Pair) -> Result<String> {
         &format!("mkdir {TRACING}; echo 1 > {TRACING}/events/ras/aer_event/enable"),
         20,
     )?;
-    inject(&pair.left)?;
+    inject(&pair.left, CARD)?;
     let event = pair.left.guest.shell(
         &format!(
             "for i in $(seq 100); do grep -m1 aer_event: {TRACING}/trace && exit 0; sleep 0.1; done; exit 1"
