@@ -31,7 +31,7 @@ pub struct WaitHooks {
     pub stop_at: u64,
     /// Whether waiting for credit is told apart; where not, it counts as waiting for the GPU.
     pub tells_credit: bool,
-    /// Cost of one hit on a common bare-metal host, ns.
+    /// Cost of one hit on a common bare-metal host, ns: what it costs at least.
     pub hit_ns: u64,
 }
 

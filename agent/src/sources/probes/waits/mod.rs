@@ -5,6 +5,7 @@
 
 mod duty;
 mod hooks;
+mod trap;
 
 use std::collections::HashMap as StdHashMap;
 use std::fs::File;
@@ -32,6 +33,9 @@ use crate::sources::procs::LibraryId;
 
 /// Reads of one thread's value before it is left for the next window: its own thread writes it meanwhile.
 const READS: usize = 4;
+
+/// What the program itself takes at a hit, ns, with room.
+const PROGRAM_NS: u64 = 400;
 
 /// When attaching is tried again after the kernel refused, ns.
 const RETRY_NS: u64 = 60_000_000_000;
@@ -76,6 +80,8 @@ pub(super) struct WaitStates {
     epochs: Array<MapData, u64>,
     threads: HashMap<MapData, u64, [u64; Waits::WORDS]>,
     steps: HashMap<MapData, [u64; 3], [u64; 2]>,
+    /// What a hit costs here, ns, once it was measured; 0 where it cannot be.
+    hit_ns: Option<u64>,
     last: StdHashMap<u64, Waits>,
     /// A library came while the hooks of others were attached.
     is_stale: bool,
@@ -97,6 +103,7 @@ impl WaitStates {
             epochs: take_map(ebpf, "NCCL_WAIT_EPOCH")?,
             threads: take_map(ebpf, "NCCL_WAITS")?,
             steps: take_map(ebpf, "NCCL_STEPS")?,
+            hit_ns: None,
             last: StdHashMap::new(),
             is_stale: false,
             is_held: false,
@@ -158,6 +165,11 @@ impl WaitStates {
         self.is_stale = false;
         self.trouble = None;
         self.last = self.rest();
+        self.hit_ns.get_or_insert_with(|| {
+            let trap_ns = trap::cost_ns(ebpf);
+            tracing::info!(?trap_ns, "what a probe on NCCL's hooks costs at a hit");
+            trap_ns.map_or(0, |trap_ns| trap_ns.saturating_add(PROGRAM_NS))
+        });
         if let Err(error) = self.epochs.set(0, self.epoch, 0) {
             self.trouble = Some(format!("the kernel's map of epochs cannot be written: {error}"));
             return;
@@ -218,7 +230,8 @@ impl WaitStates {
             return Vec::new();
         };
         let (given, busiest) = self.read(window);
-        let hit_ns = self.libraries.values().map(|hooked| hooked.hooks.hit_ns).max();
+        let predicted = self.libraries.values().map(|hooked| hooked.hooks.hit_ns);
+        let hit_ns = predicted.chain(self.hit_ns).max();
         let pause_ns = pause_ns(&self.config, window.len_ns(), busiest, hit_ns.unwrap_or(0));
         if pause_ns > 0 || self.is_stale {
             self.detach(now_ns.saturating_add(pause_ns));
