@@ -61,7 +61,7 @@ pub struct Accusation {
 }
 
 /// How right a report was.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Judgement {
     /// Distance between the two MFUs in points; `None` when either is unknown.
     pub mfu_error_points: Option<f64>,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::build::Programs;
@@ -30,7 +30,7 @@ pub struct Args {
 }
 
 /// What a scenario showed; the JSON is a contract.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Outcome {
     /// Name of the scenario.
     pub scenario: String,
@@ -41,12 +41,13 @@ pub struct Outcome {
     /// How right that was.
     #[serde(flatten)]
     pub judgement: Judgement,
-    /// What it cost.
+    /// What it cost; not read back.
+    #[serde(skip_deserializing)]
     pub overhead: Option<Overhead>,
 }
 
 /// A cause, a place and a budget.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Side {
     /// Stable name of the cause.
     pub cause: Option<String>,
@@ -58,7 +59,7 @@ pub struct Side {
 }
 
 /// The product's side, with how long it took.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct AgentSide {
     /// Cause, place and budget.
     #[serde(flatten)]

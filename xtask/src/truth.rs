@@ -1,16 +1,14 @@
 //! `cargo xtask truth`: how right the verdicts are, as a table in `docs/truth.md`.
 
-use std::fmt::Write as _;
+mod live;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::judge;
-use crate::lab::observe::describe;
 use crate::paths::{self, Paths};
-use crate::scenario::{self, Outcome};
-use crate::{build, setup, shell};
+use crate::shell;
 
 /// Arguments of the truth table.
 #[derive(Debug, clap::Args)]
@@ -21,6 +19,9 @@ pub struct Args {
     /// Also run every file of tests/scenarios on virtual nodes
     #[arg(long)]
     pub live: bool,
+    /// Or take what `cargo xtask scenario --format json` wrote to these files
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "live")]
+    pub outcomes: Vec<PathBuf>,
     /// Where the table goes
     #[arg(long, default_value = "docs/truth.md")]
     pub out: PathBuf,
@@ -69,7 +70,11 @@ pub fn run(paths: &Paths, args: &Args) -> Result<()> {
         &args.seeds.to_string(),
     ]))?;
     let out = paths.root.join(&args.out);
-    let live = if args.live { live(paths)? } else { recorded(&out) };
+    let live = match args.outcomes.as_slice() {
+        _ if args.live => live::run_all(paths)?,
+        [] => recorded(&out),
+        files => live::of_files(files)?,
+    };
     let text = format!(
         "{INTRODUCTION}\n{GENERATED}\n\n{}\n\n{LIVE}\n\n{}\n",
         generated.trim(),
@@ -87,54 +92,4 @@ fn recorded(out: &Path) -> String {
         || "Not run yet: `cargo xtask truth --live`.".into(),
         |(_, live)| live.into(),
     )
-}
-
-fn live(paths: &Paths) -> Result<String> {
-    setup::ensure(paths, setup::Scope::Run)?;
-    let programs = build::programs(paths)?;
-    let folder = paths.root.join("tests/scenarios");
-    let listed =
-        std::fs::read_dir(&folder).with_context(|| format!("failed to list {}", folder.display()))?;
-    let mut files: Vec<PathBuf> = listed.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    files.retain(|file| file.extension().is_some_and(|extension| extension == "toml"));
-    files.sort();
-    let mut table = String::from(
-        "Real processes, kernel and network on virtual GPUs; one run of each file of `tests/scenarios`.\n\n\
-         | Scenario | Truth | Verdict | Right | False culprits | MFU error | Leaf error | Onset to verdict |\n\
-         |---|---|---|---|---|---|---|---|\n",
-    );
-    for file in files {
-        let outcome = scenario::outcome(paths, &programs, &file, false)
-            .with_context(|| format!("scenario {} did not run", file.display()))?;
-        row(&mut table, &outcome);
-    }
-    Ok(table)
-}
-
-fn row(table: &mut String, outcome: &Outcome) {
-    let accused = |side: &scenario::Side| {
-        describe(&judge::Accusation {
-            cause: side.cause.clone().unwrap_or_else(|| "nothing".into()),
-            place: side.place.clone(),
-            confidence: String::new(),
-        })
-    };
-    let points = |points: Option<f64>| points.map_or_else(|| "-".into(), |points| format!("{points:.2}"));
-    let onset = outcome.agent.onset_to_verdict_ms;
-    let _ = writeln!(
-        table,
-        "| {} | {} | {} | {} | {} | {} | {} | {} |",
-        outcome.scenario,
-        accused(&outcome.truth),
-        accused(&outcome.agent.side),
-        if outcome.judgement.top_cause_right {
-            "yes"
-        } else {
-            "no"
-        },
-        outcome.judgement.false_culprits,
-        points(outcome.judgement.mfu_error_points),
-        points(outcome.judgement.leaf_error_points),
-        onset.map_or_else(|| "-".into(), |ms| format!("{ms} ms")),
-    );
 }

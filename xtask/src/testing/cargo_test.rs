@@ -53,6 +53,8 @@ fn command(
         .args(options)
         .env("STALLSCOPE_BPF_OBJECT", &programs.bpf_object)
         .env("STALLSCOPE_CACHE", &paths.cache)
+        // A report that changed fails, and nothing is written into the tree.
+        .env("INSTA_UPDATE", "no")
         .env("STALLSCOPE_REAL_NCCL", setup::nccl_library(paths))
         .env("STALLSCOPE_REAL_NCCLS", joined(&setup::nccl_libraries(paths)))
         .env("STALLSCOPE_PYTHON", setup::python(paths));
