@@ -365,11 +365,7 @@ pub(crate) fn ranks(job: &Job, index: i64) -> Markup {
             .raw("\" y=\"")
             .int(y + 25)
             .raw("\">");
-        svg.text(&shortened(
-            &format!("rank {} · {} GPU {}", gpu.rank, gpu.node, gpu.gpu),
-            36,
-        ))
-        .raw("</text>");
+        svg.text(&shortened(&view::gpu_name(gpu), 36)).raw("</text>");
         stacked(&mut svg, index, &Rollup::over([*gpu]), y);
         if let Some(verdict) = verdict {
             svg.raw("<text class=\"mark\" x=\"")

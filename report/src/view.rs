@@ -3,6 +3,7 @@
 mod efficiency;
 mod links;
 
+use stallscope_attribution::activity::UNNAMED_NODE;
 use stallscope_attribution::leaf::{Class, Leaf};
 
 use crate::document::{Blame, Gpu, Job, MfuSource, Rollup, Verdict, Where};
@@ -10,7 +11,7 @@ use crate::format;
 use crate::share::{apportion, tenths_of_percent};
 use crate::words;
 
-pub(crate) use efficiency::{mfu_notes, mfu_sentence, mfu_tenths, roof};
+pub(crate) use efficiency::{hfu_percent, mfu_notes, mfu_percent, mfu_sentence, roof};
 pub(crate) use links::{finding_costs, not_seen, path};
 
 /// How many ranks a table for people shows; the JSON has them all.
@@ -246,9 +247,7 @@ pub(crate) fn headline(job: &Job) -> String {
 /// A place in words, most specific part last; the whole job when no part is set.
 pub(crate) fn place(place: &Where) -> String {
     let mut parts = Vec::new();
-    if let Some(node) = &place.node {
-        parts.push(format::clean(node));
-    }
+    parts.extend(place.node.as_deref().and_then(node));
     match (place.gpu, &place.pci) {
         (Some(gpu), Some(pci)) if !pci.is_empty() => {
             parts.push(format!("GPU {gpu} ({})", format::clean(pci)))
@@ -276,6 +275,17 @@ pub(crate) fn place(place: &Where) -> String {
     } else {
         parts.join(", ")
     }
+}
+
+/// A node's name; `None` where the record does not tell it.
+fn node(name: &str) -> Option<String> {
+    (name != UNNAMED_NODE).then(|| format::clean(name))
+}
+
+/// A GPU in a row of its own: its rank, and where it is.
+pub(crate) fn gpu_name(gpu: &Gpu) -> String {
+    let node = node(&gpu.node).map_or_else(String::new, |node| format!("{node} "));
+    format!("rank {} · {node}GPU {}", gpu.rank, gpu.gpu)
 }
 
 /// A place for a headline: without the PCI address, which the verdict itself gives.
@@ -307,11 +317,18 @@ pub(crate) fn returns(verdict: &Verdict) -> Option<String> {
             let bounds = [recovers.low_gpu_ns, recovers.high_gpu_ns].map(|ns| format::duration(ns.into()));
             text += &format!(", between {} and {}", bounds[0], bounds[1]);
         }
-        if let Some(points) = recovers.mfu_points {
-            let centi = (points.ppm + 50) / 100;
-            text += &format!(": +{}.{:02} MFU points", centi / 100, centi % 100);
+        if let Some(points) = recovered_points(verdict) {
+            text += &format!(": {points}");
         }
         text
+    })
+}
+
+/// MFU points that fixing a verdict's cause would return, in words.
+pub(crate) fn recovered_points(verdict: &Verdict) -> Option<String> {
+    verdict.recovers.mfu_points.map(|points| {
+        let centi = (points.ppm + 50) / 100;
+        format!("+{}.{:02} MFU points", centi / 100, centi % 100)
     })
 }
 
@@ -490,11 +507,8 @@ pub(crate) fn gap(gap: &crate::document::Gap) -> String {
     } else {
         format!(" ({} missing)", gap.count)
     };
-    format!(
-        "{}: {}{count}{when}",
-        format::clean(&gap.node),
-        format::clean(&gap.what)
-    )
+    let node = node(&gap.node).map_or_else(String::new, |node| format!("{node}: "));
+    format!("{node}{}{count}{when}", format::clean(&gap.what))
 }
 
 /// What the report is about, in one line.
@@ -509,9 +523,10 @@ pub(crate) fn subject(job: &Job) -> String {
             format::utc(period.start_unix_ns)
         )
     });
-    format!(
-        "{} ({}) · {gpus} on {nodes}{when}",
-        format::clean(&job.job),
-        format::clean(&job.kind)
-    )
+    // That it is not known is a note: it tells how to declare it.
+    let kind = match job.kind.as_str() {
+        "unknown" | "" => String::new(),
+        kind => format!(" ({})", format::clean(kind)),
+    };
+    format!("{}{kind} · {gpus} on {nodes}{when}", format::clean(&job.job))
 }

@@ -22,6 +22,9 @@ mod tests;
 use crate::facts::{GpuSubject, RecordGap};
 use crate::time::Window;
 
+/// The node of a trace that does not name its host. Reports for people leave it out.
+pub const UNNAMED_NODE: &str = "unnamed";
+
 pub use analyse::analyse;
 pub use host::Host;
 pub use kernels::{KernelClass, Pipe, TABLE};

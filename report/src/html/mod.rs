@@ -4,7 +4,7 @@ mod links;
 mod tables;
 
 use crate::document::{Document, Job, Verdict};
-use crate::format::{self, duration, ppm_percent, tenths};
+use crate::format::{self, duration, ppm_percent};
 use crate::markup::Markup;
 use crate::svg;
 use crate::view;
@@ -116,9 +116,9 @@ fn render_job(job: &Job, index: i64) -> Markup {
 
 fn tiles(out: &mut Markup, job: &Job) {
     out.raw("<dl class=\"tiles\">\n");
-    let mfu = view::mfu_tenths(job).map(|mfu| format!("{} %", tenths(mfu)));
-    let source = match (&mfu, job.hfu_points) {
-        (Some(_), Some(hfu)) => format!("of the peak did model math; HFU {} %", ppm_percent(hfu.ppm)),
+    let mfu = view::mfu_percent(job).map(|mfu| format!("{mfu} %"));
+    let source = match (&mfu, view::hfu_percent(job)) {
+        (Some(_), Some(hfu)) => format!("of the peak did model math; HFU {hfu} %"),
         (Some(_), None) => "of the device's peak did model math".to_owned(),
         (None, _) => "declare model FLOPs to know it".to_owned(),
     };
@@ -152,11 +152,7 @@ fn tiles(out: &mut Markup, job: &Job) {
         } else {
             "-".to_owned()
         };
-        let points = top
-            .recovers
-            .mfu_points
-            .map(|points| format!("+{} MFU points", ppm_percent(points.ppm)));
-        let points = points.unwrap_or_else(|| "GPU time in this period".to_owned());
+        let points = view::recovered_points(top).unwrap_or_else(|| "GPU time in this period".to_owned());
         tile(out, "Fixing it returns", &returns, &points, false);
     }
     let gpus = format::counted(job.gpus.len() as u64, "GPU");

@@ -80,11 +80,7 @@ pub(super) fn side_by_side(out: &mut Markup, job: &Job) {
     out.raw("<th class=\"n\">HBM</th><th class=\"n\">MFU</th></tr></thead><tbody>");
     for gpu in view::shown_gpus(job) {
         let own = Rollup::over([gpu]);
-        out.element(
-            "<tr><td>",
-            &format!("rank {} · {} GPU {}", gpu.rank, gpu.node, gpu.gpu),
-            "</td>",
-        );
+        out.element("<tr><td>", &view::gpu_name(gpu), "</td>");
         out.element("<td class=\"q\">", &gpu.device, "</td>");
         match &gpu.activity {
             Some(a) => {

@@ -55,7 +55,7 @@ pub(super) fn by_rank(canvas: &mut Canvas, job: &Job) {
                     marks
                 }
             });
-        band_row(canvas, &gpu_name(gpu), &Rollup::over([*gpu]), &marks);
+        band_row(canvas, &view::gpu_name(gpu), &Rollup::over([*gpu]), &marks);
     }
     if let Some(rest) = view::hidden_gpus(job) {
         band_row(canvas, &format!("{} other ranks", rest.gpus), &rest, "");
@@ -65,10 +65,6 @@ pub(super) fn by_rank(canvas: &mut Canvas, job: &Job) {
         canvas.line("");
         rank_block(canvas, block);
     }
-}
-
-fn gpu_name(gpu: &Gpu) -> String {
-    format!("rank {} {} GPU {}", gpu.rank, clean(&gpu.node), gpu.gpu)
 }
 
 const fn glyph(band: Band) -> char {
@@ -177,7 +173,7 @@ pub(super) fn side_by_side(canvas: &mut Canvas, job: &Job) {
             Some(_) if view::ideal_known(&own) => tenths(view::bands(&own)[Band::Ideal as usize]),
             _ => "unknown".to_owned(),
         };
-        let name = fit(&gpu_name(gpu), 30);
+        let name = fit(&view::gpu_name(gpu), 30);
         match (&gpu.activity, &gpu.activity_missing) {
             (Some(a), _) => {
                 let [driver, sm, tensor, hbm] =

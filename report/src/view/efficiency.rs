@@ -5,9 +5,10 @@ use stallscope_attribution::leaf::{Class, Leaf};
 use super::{Band, Line, bands, bounds_tenths, ideal_known, lines};
 use crate::document::{Job, MfuSource};
 use crate::format;
+use crate::share::Points;
 
 /// MFU in tenths of a point: the ideal leaf where there is one, so that it agrees with the table below it.
-pub(crate) fn mfu_tenths(job: &Job) -> Option<i64> {
+fn mfu_tenths(job: &Job) -> Option<i64> {
     if ideal_known(&job.total) && job.mfu_points.is_some() {
         return Some(bands(&job.total)[Band::Ideal as usize]);
     }
@@ -16,7 +17,7 @@ pub(crate) fn mfu_tenths(job: &Job) -> Option<i64> {
 
 /// MFU in a few words, with its interval and what it rests on, or what to do to know it.
 pub(crate) fn mfu_sentence(job: &Job) -> String {
-    let Some(mfu) = mfu_tenths(job) else {
+    let Some(value) = mfu_percent(job) else {
         return if job.tier == "A" {
             "MFU unknown: give the model's FLOPs per GPU and step (--model-flops) or its shape (--model-shape)".to_owned()
         } else {
@@ -37,15 +38,33 @@ pub(crate) fn mfu_sentence(job: &Job) -> String {
         MfuSource::TensorActivity => "estimated from tensor activity",
         MfuSource::Unknown => "source not told",
     };
-    let hfu = job.hfu_points.map_or_else(String::new, |hfu| {
-        format!("; HFU, with repeated work, {} %", format::ppm_percent(hfu.ppm))
-    });
-    // A few thousandths are not nothing.
-    let value = match job.mfu_points {
-        Some(points) if mfu < 10 => format!("{}.{:02}", points.ppm / 10_000, points.ppm / 100 % 100),
-        _ => format::tenths(mfu),
-    };
+    let hfu = hfu_percent(job).map_or_else(String::new, |hfu| format!("; HFU, with repeated work, {hfu} %"));
     format!("MFU {value} %{bounds} ({source}){hfu}")
+}
+
+/// MFU in percent, in words.
+pub(crate) fn mfu_percent(job: &Job) -> Option<String> {
+    let mfu = mfu_tenths(job)?;
+    Some(match job.mfu_points {
+        Some(points) if mfu < 10 => percent(points),
+        _ => format::tenths(mfu),
+    })
+}
+
+/// HFU in percent, in words; `None` when it is not known or nothing is repeated, and so it is MFU.
+pub(crate) fn hfu_percent(job: &Job) -> Option<String> {
+    job.hfu_points
+        .filter(|hfu| Some(*hfu) != job.mfu_points)
+        .map(percent)
+}
+
+/// A few thousandths are not nothing: below one percent with two places.
+fn percent(points: Points) -> String {
+    if points.ppm < 10_000 {
+        format!("0.{:02}", points.ppm / 100)
+    } else {
+        format::ppm_percent(points.ppm)
+    }
 }
 
 /// Against which peak and by which convention MFU is counted; nothing without an MFU.

@@ -2,13 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use stallscope_attribution::activity::{Declared, RankTrace, TraceJob};
+use stallscope_attribution::activity::{Declared, RankTrace, TraceJob, UNNAMED_NODE};
 use stallscope_attribution::facts::RecordGap;
 
 use super::Trace;
-
-/// The node of a trace that does not name its host.
-const UNNAMED: &str = "unnamed";
 
 /// Why traces are not of one job.
 #[derive(Debug, thiserror::Error)]
@@ -85,12 +82,12 @@ pub fn job(name: &str, traces: Vec<(String, Trace)>) -> Result<TraceJob, JobErro
             device.subject.job = name.to_owned();
             device.subject.rank = rank;
             if device.subject.node.is_empty() {
-                UNNAMED.clone_into(&mut device.subject.node);
+                UNNAMED_NODE.clone_into(&mut device.subject.node);
             }
         }
         for gap in &mut records.gaps {
             if gap.node.is_empty() {
-                UNNAMED.clone_into(&mut gap.node);
+                UNNAMED_NODE.clone_into(&mut gap.node);
             }
         }
         ranks.push((rank, records));
@@ -155,7 +152,7 @@ fn apart(ranks: &[(u32, RankTrace)]) -> Option<RecordGap> {
         furthest / 1_000_000_000
     );
     Some(RecordGap {
-        node: UNNAMED.to_owned(),
+        node: UNNAMED_NODE.to_owned(),
         window: None,
         what,
         count: of.len() as u64,
