@@ -109,7 +109,7 @@ fn blocks(steps: &[AlignedStep<'_>], regime: &Range<usize>) -> Vec<Range<usize>>
 }
 
 /// Whether the edges are not those of a step.
-fn is_fixed(step: &AlignedStep<'_>) -> bool {
+pub(super) fn is_fixed(step: &AlignedStep<'_>) -> bool {
     let mut cells = step.cells.iter().flatten();
     cells.any(|cell| cell.step.method == StepMethod::FixedWindow)
 }

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use super::align::{AlignedStep, ByLeaf, Cell, class_ns};
-use super::blame::Skew;
+use super::blame::{self, Skew};
 use super::network::{self, PortLoad, Pressure};
 use super::pressure;
 use super::regimes;
@@ -171,6 +171,8 @@ pub(super) struct Ledger {
     /// `CLOCK_REALTIME`.
     pub(super) window: Window,
     pub(super) median_step_ns: u64,
+    /// Most of what is called steps are windows of a fixed length, because the job's own were not found.
+    pub(super) is_fixed: bool,
     /// Typical distance of a step's length from the median, parts per million of it.
     pub(super) noise_ppm: u64,
     /// Steps in which anybody was late.
@@ -222,8 +224,10 @@ pub(super) fn ledgers(
         .iter()
         .map(|regime| collect(steps, regime.clone(), skew, told))
         .collect();
-    let best = (0..ledgers.len()).min_by_key(|at| (ledgers[*at].median_step_ns, *at));
     for at in 0..ledgers.len() {
+        // Windows of a fixed length are no steps: their length compares with none.
+        let alike = (0..ledgers.len()).filter(|other| ledgers[*other].is_fixed == ledgers[at].is_fixed);
+        let best = alike.min_by_key(|other| (ledgers[*other].median_step_ns, *other));
         ledgers[at].baseline = best.filter(|best| {
             let (own, base) = (ledgers[at].median_step_ns, ledgers[*best].median_step_ns);
             let noise_ppm = ledgers[at].noise_ppm.max(ledgers[*best].noise_ppm);
@@ -298,6 +302,7 @@ fn collect(steps: &[AlignedStep<'_>], regime: Range<usize>, skew: &Skew, told: &
         ports: network::loads(told.ports, window),
         waits: waits::of_ranks(told.hardware, told.subjects, window),
         says: Says::Nothing,
+        is_fixed: part.iter().filter(|step| blame::is_fixed(step)).count() * 2 > part.len(),
         steps: regime,
         window,
         ranks,

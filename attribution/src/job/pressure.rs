@@ -184,6 +184,7 @@ mod tests {
             baseline: None,
             total_ns: 20 * second,
             median_step_ns: second / 2,
+            is_fixed: false,
             noise_ppm: 0,
             late_steps: 0,
             waits: Vec::new(),

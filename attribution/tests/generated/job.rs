@@ -305,6 +305,43 @@ fn idle_time_for_no_reason_seen_is_guilt_where_nobody_else_was_late() {
 }
 
 #[test]
+fn windows_of_a_fixed_length_are_nothing_to_compare_steps_with() {
+    const SECOND: u64 = 1_000_000_000;
+    let mut facts = steps_of(&[(700, 0), (700, 0)]);
+    for gpu in &mut facts.gpus {
+        let mut at = SECOND;
+        for (index, step) in gpu.steps.iter_mut().enumerate() {
+            // Until the steps are found, windows of a second; the steps last five.
+            let times = if index < 12 { 1 } else { 5 };
+            if times == 1 {
+                step.method = StepMethod::FixedWindow;
+            }
+            let leaves = step.budget.leaves().map(|ns| ns * times);
+            let length = times.cast_unsigned() * SECOND;
+            let measured = ((1 << Leaf::COUNT) - 1) & !(1 << Leaf::CommSkew.index());
+            step.budget = Budget::from_leaves(length, leaves, measured, Vec::new()).unwrap();
+            step.window = Window::new(at, at + length).unwrap();
+            at += length;
+        }
+    }
+    let analysis = analyse(&facts);
+    let compared = analysis
+        .verdicts
+        .iter()
+        .flat_map(|verdict| &verdict.evidence)
+        .any(|row| row.what == "median step" && row.expected == "1000.0 ms");
+    assert!(!compared, "{:?}", analysis.verdicts);
+    assert!(
+        analysis
+            .verdicts
+            .iter()
+            .all(|verdict| verdict.cause != Cause::Unknown),
+        "steps that were not found before are not slower steps: {:?}",
+        analysis.verdicts
+    );
+}
+
+#[test]
 fn a_single_gpu_has_no_one_to_wait_for() {
     let scenario = Scenario {
         nodes: 1,
