@@ -3,9 +3,9 @@
 mod cargo_test;
 mod tally;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::build::Programs;
 use crate::paths::Paths;
@@ -77,23 +77,36 @@ fn scenarios(paths: &Paths, programs: &Programs, quick: bool, tally: &mut Tally)
     for fault in faults {
         lab::interrupt::check()?;
         let file: PathBuf = demo::scenario(paths, fault);
-        let judged = || {
-            scenario::outcome(paths, programs, &file, false)
-                .map_err(|error| format!("{error:#}"))
-                .and_then(|outcome| verdict(&outcome))
+        let judged = |kept: Option<&Path>| {
+            let outcome = scenario::outcome(paths, programs, &file, false).and_then(|outcome| {
+                kept.map_or(Ok(()), |kept| keep(&outcome, kept))?;
+                Ok(outcome)
+            });
+            let outcome = outcome.map_err(|error| format!("{error:#}"))?;
+            verdict(&outcome)
         };
+        let kept = paths.target.join("scenarios").join(format!("{fault}.json"));
         // The lab's time is real and the machine is shared: one run that a neighbour spoiled may be repeated, and
         // the first run's text stays in the record.
-        let result = judged().or_else(|first| {
+        let result = judged(Some(&kept)).or_else(|first| {
             lab::interrupt::check().map_err(|error| format!("{error:#}"))?;
             eprintln!("scenario {fault} went wrong ({first}); once more");
-            judged()
+            judged(None)
                 .map(|text| format!("{text}; at the second run, the first: {first}"))
                 .map_err(|second| format!("twice: {first}; then: {second}"))
         });
         tally.record(&format!("scenario {fault}"), result);
     }
     Ok(())
+}
+
+/// Keeps what a scenario's first run showed, for the published table (`cargo xtask truth --outcomes`).
+fn keep(outcome: &scenario::Outcome, file: &Path) -> Result<()> {
+    if let Some(folder) = file.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("failed to make {}", folder.display()))?;
+    }
+    let text = serde_json::to_string(outcome)?;
+    std::fs::write(file, text).with_context(|| format!("failed to write {}", file.display()))
 }
 
 /// A scenario passes with the right cause at the right place and nobody falsely accused.

@@ -19,7 +19,7 @@ pub struct Args {
     /// Also run every file of tests/scenarios on virtual nodes
     #[arg(long)]
     pub live: bool,
-    /// Or take what `cargo xtask scenario --format json` wrote to these files
+    /// Or take what `cargo xtask scenario --format json` wrote to these files, or `cargo xtask test` to target/scenarios
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "live")]
     pub outcomes: Vec<PathBuf>,
     /// Where the table goes
@@ -44,8 +44,8 @@ of GPU time (points of MFU): its mean over the leaves of a job and the worst lea
 counted in the residual of their class. *Cost error* is that of the first verdict's cost. At the masked dose nothing \
 needs to be said; it must not be wrong.
 
-Scenarios 2, 9 and 14 rest on what the driver tells of links and faults. The agent reads it; that it does is proven \
-against stand-ins of the driver's library only, not on live jobs. \
+Scenarios 9 and 14 rest on what the driver tells of links between GPUs and of faults. The agent reads it; that it does is \
+proven against stand-ins of the driver's library only, not on live jobs. Scenario 2 is acted out live too. \
 Several communicators per rank and more than one job shape are not in the \
 matrix; blame through tensor, pipeline, data and expert parallelism has its own generated jobs among the tests of the \
 attribution.

@@ -13,8 +13,9 @@ use crate::scenario::{self, Outcome};
 use crate::{build, setup};
 
 const INTRODUCTION: &str = "\
-Real processes, kernel and network on virtual GPUs: `cargo xtask truth --live` runs each file of `tests/scenarios` once, with \
-agents and a collector, and nothing is run again because its answer was wrong. Onset to verdict is the time from the \
+Real processes, kernel and network on virtual GPUs: `cargo xtask truth --live`, or `cargo xtask test` before \
+`cargo xtask truth --outcomes`, runs each file of `tests/scenarios` with agents and a collector; what the first run showed \
+counts, and nothing is run again because its answer was wrong. Onset to verdict is the time from the \
 fault to the first live report with the right cause and place.
 ";
 
