@@ -65,6 +65,12 @@ impl<T: Copy> ByName<T> {
     }
 }
 
+fn window_of(event: &Event<'_>) -> Result<Window, BadTime> {
+    let (start, length) = (micros_to_ns(event.ts())?, micros_to_ns(event.dur())?);
+    let end = start.checked_add(length).ok_or(BadTime::Overflow)?;
+    Window::new(start, end).ok_or(BadTime::Overflow)
+}
+
 /// A call that launched work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Launched {
@@ -76,7 +82,10 @@ struct Launched {
 /// Takes events in any order.
 #[derive(Default)]
 pub(super) struct Collector {
+    /// Most events taken.
+    limit: u64,
     events: u64,
+    taken: u64,
     losses: Losses,
     gpu: Vec<Raw>,
     launches: HashMap<u64, Launched>,
@@ -94,34 +103,43 @@ pub(super) struct Collector {
 }
 
 impl Collector {
+    /// Takes no more than so many.
+    pub(super) fn at_most(limit: u64) -> Self {
+        Self {
+            limit,
+            ..Self::default()
+        }
+    }
+
     /// Counts an element that is no event.
     pub(super) fn malformed(&mut self) {
         self.losses.malformed += 1;
     }
 
     /// Takes one element of `traceEvents`.
-    pub(super) fn event(&mut self, event: Event<'_>) {
+    ///
+    /// # Errors
+    /// [`TraceError::TooMany`]: memory grows with what is taken.
+    pub(super) fn event(&mut self, event: Event<'_>) -> Result<(), TraceError> {
         self.events += 1;
-        if !event.is_complete() {
-            return;
-        }
         let category = event.category();
-        if category == Category::Other {
-            return;
+        if !event.is_complete() || category == Category::Other {
+            return Ok(());
         }
-        let window = match (micros_to_ns(event.ts()), micros_to_ns(event.dur())) {
-            (Ok(start), Ok(length)) => start.checked_add(length).and_then(|end| Window::new(start, end)),
-            (Err(why), _) | (_, Err(why)) => return self.losses.time(why),
-        };
-        let Some(window) = window else {
-            return self.losses.time(BadTime::Overflow);
-        };
-        match category {
-            Category::Kernel | Category::Copy | Category::Set => self.gpu(event, category, window),
-            Category::Runtime => self.call(event, window),
-            Category::Operator => self.operator(event, window),
-            Category::Other => {}
+        self.taken += 1;
+        if self.taken > self.limit {
+            return Err(TraceError::TooMany { limit: self.limit });
         }
+        match window_of(&event) {
+            Ok(window) => match category {
+                Category::Kernel | Category::Copy | Category::Set => self.gpu(event, category, window),
+                Category::Runtime => self.call(event, window),
+                Category::Operator => self.operator(event, window),
+                Category::Other => {}
+            },
+            Err(why) => self.losses.time(why),
+        }
+        Ok(())
     }
 
     fn gpu(&mut self, event: Event<'_>, category: Category, window: Window) {

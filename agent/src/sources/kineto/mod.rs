@@ -48,6 +48,15 @@ pub enum TraceError {
         /// The limit.
         limit: usize,
     },
+    /// There is more than the memory of a common machine holds.
+    #[error(
+        "more than {limit} calls, operators and GPU events in one trace: reading it could take tens of GB of memory; profile \
+         fewer steps, or cut the file into parts"
+    )]
+    TooMany {
+        /// The limit.
+        limit: u64,
+    },
     /// There is nothing to account for.
     #[error(
         "no GPU events among {events} events{lost}; record with ProfilerActivity.CUDA, and on a machine with a GPU"
@@ -65,6 +74,9 @@ pub enum TraceError {
         events: u64,
     },
 }
+
+/// Calls, operators and GPU events taken of one file: some times what 10 GB of text hold.
+const MOST_TAKEN: u64 = 128_000_000;
 
 /// What one file held.
 #[derive(Debug, Clone)]
@@ -107,8 +119,12 @@ pub fn read_file(path: &Path) -> Result<Trace, TraceError> {
 /// # Errors
 /// When it is no trace or holds no GPU event.
 pub fn read(reader: impl Read) -> Result<Trace, TraceError> {
+    read_at_most(MOST_TAKEN, reader)
+}
+
+fn read_at_most(limit: u64, reader: impl Read) -> Result<Trace, TraceError> {
     let mut scanner = Scanner::new(reader);
-    let mut collector = collect::Collector::default();
+    let mut collector = collect::Collector::at_most(limit);
     let mut header = header::Header::default();
     let whole = match scanner.peek() {
         Some(b'[') => events(&mut scanner, &mut collector),
@@ -192,7 +208,7 @@ fn events<R: Read>(scanner: &mut Scanner<R>, collector: &mut collect::Collector)
             }
             Some(b',') => scanner.skip(),
             Some(b'{') => match scanner.event()? {
-                Some(event) => collector.event(event),
+                Some(event) => collector.event(event).map_err(Cut::Failed)?,
                 None => collector.malformed(),
             },
             Some(b'}' | b':') => {
@@ -204,5 +220,26 @@ fn events<R: Read>(scanner: &mut Scanner<R>, collector: &mut collect::Collector)
                 collector.malformed();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_of_too_many_events_is_refused_by_name() {
+        let kernel = |at: u64| {
+            format!(
+                r#"{{"ph":"X","cat":"kernel","name":"k","pid":0,"tid":7,"ts":{at},"dur":1,"args":{{"device":0}}}}"#
+            )
+        };
+        let of = |count: u64| format!("[{}]", (1..=count).map(kernel).collect::<Vec<_>>().join(","));
+        assert!(read_at_most(10, of(10).as_bytes()).is_ok());
+        let refused = read_at_most(10, of(11).as_bytes());
+        assert!(
+            matches!(refused, Err(TraceError::TooMany { limit: 10 })),
+            "{refused:?}"
+        );
     }
 }
