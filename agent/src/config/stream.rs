@@ -26,7 +26,7 @@ impl Stream {
     /// Where to stream to: `None` when no collector is set.
     ///
     /// # Errors
-    /// When a collector is set and `ca`, `cert` or `key` is not. A parsed [`Config`] never gives this.
+    /// When a collector is set and `ca`, `cert` or `key` is not. A parsed `Config` never gives this.
     pub fn target(&self) -> Result<Option<StreamTarget>, Incomplete> {
         let Some(collector) = &self.collector else {
             return Ok(None);

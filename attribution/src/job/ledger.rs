@@ -224,6 +224,8 @@ pub(super) fn ledgers(
         .iter()
         .map(|regime| collect(steps, regime.clone(), skew, told))
         .collect();
+    let mut ports: Vec<_> = ledgers.iter_mut().map(|ledger| &mut ledger.ports).collect();
+    network::retain_used(&mut ports);
     for at in 0..ledgers.len() {
         // Windows of a fixed length are no steps: their length compares with none.
         let alike = (0..ledgers.len()).filter(|other| ledgers[*other].is_fixed == ledgers[at].is_fixed);

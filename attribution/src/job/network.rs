@@ -244,8 +244,21 @@ pub(super) enum Pressure {
     None,
 }
 
-/// The loads, within a stretch of `CLOCK_REALTIME`, of the ports that the job's flows use: windows count where their
-/// middle lies in it. What a node's other ports do, one for its management or its backup, is not the job's.
+/// Leaves the ports that the job's flows use in any of the stretches. What a node's other ports do, one for its management or
+/// its backup, is not the job's; one that was used and now waits for the others is what these are compared with.
+pub(super) fn retain_used(stretches: &mut [&mut Vec<PortLoad>]) {
+    let used: BTreeSet<(String, String)> = stretches
+        .iter()
+        .flat_map(|loads| loads.iter())
+        .filter(|load| load.busy_ppm() >= USED_PPM)
+        .map(|load| (load.node.clone(), load.port.clone()))
+        .collect();
+    for loads in stretches {
+        loads.retain(|load| used.contains(&(load.node.clone(), load.port.clone())));
+    }
+}
+
+/// The loads of all ports within a stretch of `CLOCK_REALTIME`: windows count where their middle lies in it.
 pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
     let owners = Owners::of(ports);
     let mut loads: Vec<PortLoad> = Vec::new();
@@ -268,7 +281,6 @@ pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
         });
         loads[at].add(facts, &owners);
     }
-    loads.retain(|load| load.busy_ppm() >= USED_PPM);
     loads.sort_by(|a, b| (&a.node, &a.port).cmp(&(&b.node, &b.port)));
     loads
 }

@@ -44,11 +44,26 @@ fn ports_without_flows_of_the_job_are_left_out() {
     };
     let all = [facts("eth0", 90_000_000, 0), facts("eth1", 1_000_000, 300_000)];
     let within = Window::new(0, 2_000_000_000).expect("a window");
-    let used = loads(&all, within);
+    let mut used = loads(&all, within);
+    retain_used(&mut [&mut used]);
     assert_eq!(
         used.iter().map(|load| load.port.as_str()).collect::<Vec<_>>(),
         ["eth0"]
     );
+}
+
+#[test]
+fn a_port_that_waits_for_a_lossy_one_is_what_that_is_compared_with() {
+    let idle = |load: PortLoad| PortLoad { busy_ns: 0, ..load };
+    let mut healthy = vec![sending("a", 400_000_000, 0), sending("b", 400_000_000, 130)];
+    let mut lossy = vec![
+        idle(sending("a", 70_000_000, 0)),
+        sending("b", 70_000_000, 4_400),
+        idle(sending("other", 900, 0)),
+    ];
+    retain_used(&mut [&mut healthy, &mut lossy]);
+    assert_eq!(lossy.len(), 2, "the third is used in no stretch");
+    assert_eq!(pressure(&lossy, Some(&healthy)), Pressure::Lossy(1));
 }
 
 #[test]
