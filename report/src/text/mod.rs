@@ -248,7 +248,10 @@ mod tests {
         assert!(text.lines().count() < 300, "{} lines", text.lines().count());
         assert!(text.contains("968 other ranks"), "{text}");
         assert!(text.contains("109 other nodes"), "{text}");
-        assert!(text.contains("rank 2 node1"), "the culprit is among those shown");
+        assert!(
+            text.contains("rank 2 · node1"),
+            "the culprit is among those shown"
+        );
     }
 
     #[test]
