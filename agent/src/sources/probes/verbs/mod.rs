@@ -19,6 +19,7 @@ mod posts;
 mod queues;
 
 pub(super) use facts::{event, hardware, queue_pair};
+pub(super) use place::Place;
 pub use posts::PostsError;
 pub(super) use posts::{PostProbes, Watched};
 pub use queues::PairGrowth;

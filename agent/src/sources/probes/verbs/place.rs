@@ -39,9 +39,9 @@ const PROVIDERS: [&str; 20] = [
 
 /// A place in a file that a process maps executable.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(in super::super) struct Place {
     pub(super) id: LibraryId,
-    pub(super) file_offset: u64,
+    pub(in super::super) file_offset: u64,
     /// As the process names the file.
     pub(super) shown: String,
     pub(super) is_provider: bool,
@@ -51,7 +51,7 @@ pub(super) struct Place {
 
 impl Place {
     /// Where the address leads; `None` when to no file or nothing executable.
-    pub(super) fn of(maps: impl BufRead, address: u64) -> io::Result<Option<Self>> {
+    pub(in super::super) fn of(maps: impl BufRead, address: u64) -> io::Result<Option<Self>> {
         let mut found = None;
         for_each_mapping(maps, |mapping| {
             let place = (|| {
@@ -175,6 +175,21 @@ mod tests {
         assert_eq!(at(0x7ffe_0000_0000), None, "the kernel's");
         assert_eq!(at(0x7f00_0002_0010), Some((78, 0x10, false)));
         assert_eq!(at(0), None);
+    }
+
+    #[test]
+    fn finds_what_is_mapped_in_its_file() {
+        let maps = "55d0a000-55d0c000 r--p 00000000 fe:00 12 /usr/bin/stallscope\n\
+                    55d0c000-55d20000 r-xp 00001000 fe:00 12 /usr/bin/stallscope\n\
+                    7ffd1000-7ffd3000 rw-p 00000000 00:00 0  [stack]\n";
+        let at = |maps: &str, address| {
+            Place::of(maps.as_bytes(), address)
+                .unwrap()
+                .map(|place| place.file_offset)
+        };
+        assert_eq!(at(maps, 0x55d0_c040), Some(0x1040));
+        assert_eq!(at(maps, 0x55d2_0000), None);
+        assert_eq!(at("nonsense\n1-2\n", 1), None);
     }
 
     #[inline(never)]

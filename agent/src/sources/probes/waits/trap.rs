@@ -4,6 +4,8 @@
 //! as much: a budget for the job's threads that is kept by the published figure would be exceeded as many times. So a function
 //! of the agent's own is called with a probe and without.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
 use std::time::Instant;
 
@@ -11,6 +13,7 @@ use aya::Ebpf;
 
 use super::super::attach::attach_program;
 use super::super::detach;
+use super::super::verbs::Place;
 
 /// Calls timed at once, and how often: the middle one counts.
 const CALLS: u64 = 64;
@@ -57,8 +60,8 @@ mod target {
 
 /// Nanoseconds a probe adds to a call where its program has nothing to do. `None` where that cannot be found out.
 pub(super) fn cost_ns(ebpf: &mut Ebpf) -> Option<u64> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let offset = offset_in_file(&maps, target::address()?)?;
+    let maps = BufReader::new(File::open("/proc/self/maps").ok()?);
+    let offset = Place::of(maps, target::address()?).ok()??.file_offset;
     let bare_ns = call_ns();
     // The agent is no traced process: the program leaves at once.
     let link = attach_program(ebpf, Path::new("/proc/self/exe"), "nccl_step_stop", offset, None).ok()?;
@@ -80,34 +83,11 @@ fn call_ns() -> u64 {
     rounds[ROUNDS / 2]
 }
 
-/// Where in its file lies what is mapped at `address`, by the text of `/proc/PID/maps`.
-fn offset_in_file(maps: &str, address: u64) -> Option<u64> {
-    let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-    maps.lines().find_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let (start, end) = fields.next()?.split_once('-')?;
-        let (start, end, offset) = (hex(start)?, hex(end)?, hex(fields.nth(1)?)?);
-        (start..end)
-            .contains(&address)
-            .then(|| offset.checked_add(address - start))?
-    })
-}
-
 #[cfg(test)]
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
     use super::super::super::{Probes, ProbesConfig};
     use super::*;
-
-    #[test]
-    fn finds_what_is_mapped_in_its_file() {
-        let maps = "55d0a000-55d0c000 r--p 00000000 fe:00 12 /usr/bin/stallscope\n\
-                    55d0c000-55d20000 r-xp 00001000 fe:00 12 /usr/bin/stallscope\n\
-                    7ffd1000-7ffd3000 rw-p 00000000 00:00 0  [stack]\n";
-        assert_eq!(offset_in_file(maps, 0x55d0_c040), Some(0x1040));
-        assert_eq!(offset_in_file(maps, 0x55d2_0000), None);
-        assert_eq!(offset_in_file("nonsense\n1-2\n", 1), None);
-    }
 
     #[test]
     fn a_probe_costs_what_two_traps_cost() {
