@@ -10,7 +10,6 @@ use stallscope_attribution::time::Window;
 
 use super::shared::{Keys, Shared};
 use super::status::Condition;
-use crate::config::Nccl;
 use crate::observation::{Fact, Observation, ProcessFacts, ProcessKey, ProcessRole, Thread};
 use crate::sources::nccl_profiler::{self, NcclProfiler};
 use crate::sources::probes::{DeviceError, PostsError, Probes};
@@ -30,8 +29,6 @@ pub(super) struct Discover {
     shared: Arc<Shared>,
     discovery: Discovery,
     probes: Option<Probes>,
-    /// Whether NCCL's wait hooks may be attached.
-    nccl_waits: bool,
     nccl_profiler: Option<NcclProfiler>,
     nccl_profiler_said: Option<Condition>,
     events: Receiver<ProcessEvent>,
@@ -47,12 +44,12 @@ pub(super) struct Discover {
 }
 
 impl Discover {
-    /// What was not asked for of NCCL is not looked at.
+    /// `nccl_profiler` is `None` where it was not asked for.
     pub(super) fn new(
         shared: Arc<Shared>,
         mut discovery: Discovery,
         probes: Option<Probes>,
-        nccl: &Nccl,
+        nccl_profiler: Option<NcclProfiler>,
         events: Receiver<ProcessEvent>,
         facts: SyncSender<Observation>,
     ) -> Self {
@@ -61,8 +58,7 @@ impl Discover {
             shared,
             discovery,
             probes,
-            nccl_waits: nccl.waits,
-            nccl_profiler: nccl.profiler.then(NcclProfiler::default),
+            nccl_profiler,
             nccl_profiler_said: None,
             events,
             facts,
@@ -125,7 +121,7 @@ impl Discover {
     fn poll_waits(&mut self) {
         let Some(probes) = &mut self.probes else { return };
         let plugins = self.nccl_profiler.as_ref();
-        probes.hold_waits(!self.nccl_waits || plugins.is_some_and(NcclProfiler::serves_all));
+        probes.hold_waits(plugins.is_some_and(NcclProfiler::serves_all));
         let mut told = probes.poll_waits(super::now_ns());
         told.retain(|given| !plugins.is_some_and(|plugins| plugins.serves(given.tgid)));
         for given in told {

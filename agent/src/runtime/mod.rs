@@ -37,6 +37,7 @@ use crate::config::{Config, StreamTarget};
 use crate::control::server::ControlServer;
 use crate::record::{RecordError, Recorder};
 use crate::sources::clock;
+use crate::sources::nccl_profiler::NcclProfiler;
 use crate::sources::net::NetSource;
 use crate::sources::probes::{Loaded, Probes, ProbesConfig, Reader};
 use crate::sources::procs::Discovery;
@@ -234,7 +235,8 @@ fn start_threads(
         Ok(model) => discovery.set_model(model),
         Err(why) => missing(shared, "model", &why),
     }
-    let discover = discover::Discover::new(Arc::clone(shared), discovery, probes, &config.nccl, news, facts);
+    let nccl_profiler = config.nccl.profiler.then(NcclProfiler::default);
+    let discover = discover::Discover::new(Arc::clone(shared), discovery, probes, nccl_profiler, news, facts);
     let history = history::History::new(Arc::clone(shared), &config.store.dir, ring, recorder, received);
     Ok(vec![
         spawn("stallscope-find", shared, move || discover.run())?,
@@ -278,10 +280,13 @@ fn works(shared: &Shared, part: &'static str) {
 }
 
 fn load_probes(config: &Config, shared: &Shared) -> (Option<Probes>, Option<Reader>) {
-    let settings = ProbesConfig {
+    let mut settings = ProbesConfig {
         object: config.probes.object.clone(),
         ..ProbesConfig::default()
     };
+    if !config.nccl.waits {
+        settings.waits.budget_ppm = 0;
+    }
     match Probes::load(&settings) {
         Ok(Loaded {
             probes,
