@@ -89,7 +89,7 @@ pub(super) struct Reorder {
     closed: BTreeMap<u64, Bucket>,
     /// What is being released, and the places in it that are left, the next one last.
     open: Bucket,
-    order: Vec<(Key, u32)>,
+    order: Vec<(Key, usize)>,
     /// Number of the bucket that was opened last, and one.
     opened: u64,
     /// Buckets to use again.
@@ -127,12 +127,9 @@ impl Reorder {
         if self.released.is_some_and(|released| key < released) {
             self.late += 1;
         }
-        let Ok(place) = u32::try_from(self.open.len()) else {
-            return;
-        };
         let at = self.order.partition_point(|(other, _)| *other > key);
+        self.order.insert(at, (key, self.open.len()));
         self.open.push(Some(observation));
-        self.order.insert(at, (key, place));
     }
 
     /// The next observation whose turn has come.
@@ -155,7 +152,6 @@ impl Reorder {
                 self.open_next()?;
                 continue;
             };
-            let place = usize::try_from(place).unwrap_or(usize::MAX);
             let Some(observation) = self.open.get_mut(place).and_then(Option::take) else {
                 continue;
             };
@@ -174,8 +170,8 @@ impl Reorder {
             self.spare.push(used);
         }
         self.opened = number.saturating_add(1);
-        let keys = self.open.iter().zip(0_u32..);
-        let keys = keys.filter_map(|(observation, place)| Some((key(observation.as_ref()?), place)));
+        let keys = self.open.iter().enumerate();
+        let keys = keys.filter_map(|(place, observation)| Some((key(observation.as_ref()?), place)));
         self.order.extend(keys);
         // Each source is in order, so this is a few runs. Of equals, what came first goes first.
         self.order.sort_by(|a, b| b.cmp(a));
