@@ -86,6 +86,22 @@ causes! {
     Unknown = "unknown";
 }
 
+impl Cause {
+    /// Whether it slows what ranks send each other: a network, or who takes in what comes over it.
+    #[must_use]
+    pub const fn slows_communication(self) -> bool {
+        matches!(
+            self,
+            Self::NetworkNic
+                | Self::NetworkFabric
+                | Self::NetworkNvlink
+                | Self::NetworkPcie
+                | Self::NetworkConfig
+                | Self::HostReceiver
+        )
+    }
+}
+
 /// Where a cause sits. Unknown parts are `None`; a cause of the whole job has no part set.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Place {

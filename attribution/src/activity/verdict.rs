@@ -123,7 +123,8 @@ fn losses(case: &Case<'_>, total_ns: u64, bar: Bar) -> (Vec<Verdict>, Vec<RuledO
     for (cause, cost) in costs {
         let first = verdicts.first().map_or(0, |first| first.cost_ns);
         let share = mul_div(cost.total(), PPM, total_ns);
-        if share < bar.least_ppm(case.gpus, cause)
+        let least_ppm = bar.least_ppm(case.gpus, cause);
+        if share < least_ppm
             || u128::from(cost.total()) * 100 < u128::from(first) * u128::from(BESIDE_PERCENT)
         {
             dropped.push(RuledOut {
@@ -132,7 +133,7 @@ fn losses(case: &Case<'_>, total_ns: u64, bar: Bar) -> (Vec<Verdict>, Vec<RuledO
             });
             continue;
         }
-        verdicts.push(verdict(case, cause, &cost, total_ns, bar));
+        verdicts.push(verdict(case, cause, &cost, total_ns, least_ppm));
     }
     verdicts.extend(waiting::late_rank(case, total_ns, bar));
     verdicts.sort_by_key(|verdict| (core::cmp::Reverse(verdict.cost_ns), verdict.cause));
@@ -169,7 +170,7 @@ fn price(verdict: &mut Verdict, cost_ns: u64, total_ns: u64) {
     };
 }
 
-fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64, bar: Bar) -> Verdict {
+fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64, least_ppm: u64) -> Verdict {
     let cost_ns = cost.total();
     let worst = cost.own.iter().enumerate().max_by_key(|(_, ns)| **ns);
     let one = worst.filter(|(_, ns)| {
@@ -183,7 +184,7 @@ fn verdict(case: &Case<'_>, cause: Cause, cost: &Cost, total_ns: u64, bar: Bar) 
         .map(|(leaf, ns)| Evidence {
             what: format!("{} of all GPU time", leaf.name()),
             value: format!("{} ({})", percent(mul_div(*ns, PPM, total_ns)), millis(*ns)),
-            expected: format!("below {}", percent(bar.least_ppm(case.gpus, cause))),
+            expected: format!("below {}", percent(least_ppm)),
         })
         .collect();
     if cost.hidden > 0 {

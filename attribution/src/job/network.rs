@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::rollup::realtime;
+use super::rollup::counts_for;
 use super::waits::Slow;
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
@@ -263,9 +263,7 @@ pub(super) fn loads(ports: &[PortFacts], within: Window) -> Vec<PortLoad> {
     let owners = Owners::of(ports);
     let mut loads: Vec<PortLoad> = Vec::new();
     for facts in ports {
-        let window = realtime(facts.window, facts.realtime_offset_ns);
-        let middle = window.start_ns() + window.len_ns() / 2;
-        if middle < within.start_ns() || middle >= within.end_ns() {
+        if !counts_for(within, facts.window, facts.realtime_offset_ns) {
             continue;
         }
         let at = loads

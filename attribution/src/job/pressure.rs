@@ -5,7 +5,6 @@ use super::ledger::{Ledger, RankLedger};
 use super::network::{self, Pressure};
 use super::waits::Says;
 use crate::budget::arith::mul_div;
-use crate::cause::Cause;
 use crate::facts::PPM;
 use crate::links::{Finding, Severity};
 use crate::time::Window;
@@ -46,22 +45,10 @@ impl Ledger {
 /// The finding about links that is there now and was not in the healthy regime: the worst of them. One that was there
 /// all the time does not tell what the difference is.
 pub(super) fn began(findings: &[Finding], now: Window, healthy: Window) -> Option<&Finding> {
-    let slows = |finding: &&Finding| {
-        let links = matches!(
-            finding.cause,
-            Cause::NetworkNic
-                | Cause::NetworkFabric
-                | Cause::NetworkNvlink
-                | Cause::NetworkPcie
-                | Cause::NetworkConfig
-                | Cause::HostReceiver
-        );
-        links && finding.severity >= Severity::Degraded
-    };
-    let common_ns = |finding: &Finding, window: Window| {
-        let end_ns = finding.window.end_ns().min(window.end_ns());
-        end_ns.saturating_sub(finding.window.start_ns().max(window.start_ns()))
-    };
+    let slows =
+        |finding: &&Finding| finding.cause.slows_communication() && finding.severity >= Severity::Degraded;
+    let common_ns =
+        |finding: &Finding, window: Window| finding.window.intersect(window).map_or(0, Window::len_ns);
     findings.iter().filter(slows).find(|finding| {
         common_ns(finding, now) > 0 && common_ns(finding, healthy).saturating_mul(4) <= healthy.len_ns()
     })

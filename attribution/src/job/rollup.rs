@@ -227,6 +227,13 @@ pub(super) fn realtime(window: Window, offset_ns: i64) -> Window {
     .unwrap_or_default()
 }
 
+/// Whether a monotonic window counts for a stretch of `CLOCK_REALTIME`: its middle lies in it, so that it counts for one.
+pub(super) fn counts_for(stretch: Window, window: Window, offset_ns: i64) -> bool {
+    let window = realtime(window, offset_ns);
+    let middle_ns = window.start_ns() + window.len_ns() / 2;
+    (stretch.start_ns()..stretch.end_ns()).contains(&middle_ns)
+}
+
 fn observed(ranks: &[&GpuHistory]) -> Option<Window> {
     let windows = ranks.iter().flat_map(|gpu| {
         let steps = gpu

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use super::rollup::realtime;
+use super::rollup::counts_for;
 use crate::budget::arith::mul_div;
 use crate::cause::Cause;
 use crate::facts::{GpuSubject, HardwareFact, HardwareFacts, PPM, ProcessWaits, StepWait};
@@ -161,9 +161,7 @@ pub(super) fn of_ranks(
         let HardwareFact::Waits(waits) = &facts.fact else {
             continue;
         };
-        let window = realtime(facts.window, facts.realtime_offset_ns);
-        let middle = window.start_ns() + window.len_ns() / 2;
-        if middle < within.start_ns() || middle >= within.end_ns() {
+        if !counts_for(within, facts.window, facts.realtime_offset_ns) {
             continue;
         }
         let of = |subject: &&GpuSubject| subject.node == facts.node && subject.pid == waits.pid;

@@ -12,7 +12,7 @@ const MOST_ROWS: usize = 4;
 pub(super) fn rows(view: &View<'_>) -> Vec<Evidence> {
     let waits = &view.ledger.waits;
     let telling: Vec<&RankWaits> = match (view.candidate.cause, view.ledger.says) {
-        (cause, _) if is_network(cause) => {
+        (cause, _) if cause.slows_communication() => {
             let first = of_interest(view);
             let others = waits.iter().filter(|rank| first != Some(rank.rank));
             let own = waits.iter().filter(|rank| first == Some(rank.rank));
@@ -22,18 +22,6 @@ pub(super) fn rows(view: &View<'_>) -> Vec<Evidence> {
         _ => Vec::new(),
     };
     telling.into_iter().map(|rank| row(view, rank)).collect()
-}
-
-const fn is_network(cause: Cause) -> bool {
-    matches!(
-        cause,
-        Cause::NetworkNic
-            | Cause::NetworkFabric
-            | Cause::NetworkPcie
-            | Cause::NetworkConfig
-            | Cause::NetworkNvlink
-            | Cause::HostReceiver
-    )
 }
 
 /// The rank whose steps stand out; else one of the verdict's node.
