@@ -1,11 +1,9 @@
 //! HolisticTraceAnalysis 0.5.0 reads the same files and must come to the same times.
 
-use std::process::Command;
-
 use serde_json::Value;
 use stallscope_attribution::leaf::Class;
 
-use super::{explain, path, python};
+use super::{explain, oracle_says, path};
 
 const FILES: [&str; 4] = [
     "kineto-resnet50/workers-0.pt.trace.json.gz",
@@ -17,21 +15,11 @@ const FILES: [&str; 4] = [
 /// Its idle and compute time are ours; its other time is our exposed communication and copies together.
 #[test]
 fn holistic_trace_analysis_finds_the_same_times() {
-    let Some(python) = python("holistic_trace_analysis_finds_the_same_times") else {
+    let test = "holistic_trace_analysis_finds_the_same_times";
+    let Some(theirs) = oracle_says(test, "holistic.py", FILES.map(path)) else {
         return;
     };
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oracle/holistic.py");
-    let output = Command::new(python)
-        .arg(script)
-        .args(FILES.map(path))
-        .output()
-        .expect("Python");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let theirs: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let theirs: Value = serde_json::from_str(&theirs).expect("JSON");
     for file in FILES {
         let analysis = explain(&[file]);
         let total = &analysis.gpus[0].total;

@@ -10,7 +10,9 @@ mod oracle;
 mod snapshots;
 mod straggler;
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use stallscope::sources::kineto::{self, Trace};
 use stallscope_attribution::activity;
@@ -35,6 +37,23 @@ fn python(test: &str) -> Option<PathBuf> {
         return None;
     }
     Some(python)
+}
+
+/// What a script of `tests/oracle` prints for these arguments; `None` where there is no Python, which `test` says.
+fn oracle_says(
+    test: &str,
+    script: &str,
+    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+) -> Option<String> {
+    let scripts = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oracle");
+    let output = Command::new(python(test)?)
+        .arg(Path::new(scripts).join(script))
+        .args(arguments)
+        .output()
+        .expect("Python");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    Some(String::from_utf8(output.stdout).expect("text"))
 }
 
 fn trace(name: &str) -> Trace {

@@ -4,13 +4,12 @@
 //! the difference before it is committed. `sweeps_are_those_of_another_program` holds the numbers in them.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use serde_json::Value;
 use stallscope::answers::{Format, render};
 use stallscope_report::document::Document;
 
-use super::{explain_as, path, python, straggler};
+use super::{explain_as, oracle_says, path, straggler};
 
 /// A snapshot's name, its job's, and the traces of the job.
 const REPORTS: [(&str, &[&str]); 5] = [
@@ -63,24 +62,13 @@ fn reports_of_recordings() {
 /// The four classes in the committed JSON, against a sweep in another language over the same files.
 #[test]
 fn sweeps_are_those_of_another_program() {
-    let Some(python) = python("sweeps_are_those_of_another_program") else {
-        return;
-    };
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/oracle/sweep.py");
     let files = REPORTS
         .iter()
         .flat_map(|(_, files)| files.iter().map(|file| path(file)));
-    let output = Command::new(python)
-        .arg(script)
-        .args(files)
-        .output()
-        .expect("Python");
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    let theirs: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let Some(theirs) = oracle_says("sweeps_are_those_of_another_program", "sweep.py", files) else {
+        return;
+    };
+    let theirs: Value = serde_json::from_str(&theirs).expect("JSON");
     for (name, files) in REPORTS {
         let committed = committed(name);
         let gpus = committed["jobs"][0]["gpus"].as_array().expect("GPUs");

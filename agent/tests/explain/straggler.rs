@@ -8,7 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::Value;
 use stallscope::answers::recordings;
@@ -21,7 +20,7 @@ use stallscope_attribution::reading::Reading;
 use stallscope_attribution::time::Window;
 use stallscope_report::document::Document;
 
-use super::{path, python};
+use super::{oracle_says, path};
 
 const TRACE: &str = "straggler/trace-AR.parquet";
 /// Steps of the trace that are converted: enough to see the pattern and to judge.
@@ -39,17 +38,7 @@ const OFF_OF_OTHERS: f64 = 0.02;
 const OFF_OF_SLOWEST: f64 = 0.1;
 
 fn script(arguments: &[&str], test: &str) -> Option<String> {
-    let output = Command::new(python(test)?)
-        .arg(concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/oracle/straggler.py"
-        ))
-        .args(arguments)
-        .output()
-        .expect("Python");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    Some(String::from_utf8(output.stdout).expect("text"))
+    oracle_says(test, "straggler.py", arguments)
 }
 
 fn trace() -> String {

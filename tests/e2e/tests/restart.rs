@@ -34,17 +34,18 @@ struct Disturbed {
     _deleted_at_the_end: Option<tempfile::TempDir>,
 }
 
+/// The thermal scenario's folder, to be deleted after all, and the scenario, about to begin.
+fn thermal() -> Result<(Option<tempfile::TempDir>, Cluster)> {
+    let (paths, programs) = programs()?;
+    let (dir, deleted_at_the_end) = run_folder(false)?;
+    let scenario = demo::scenario(&paths, "thermal");
+    let cluster = Cluster::start(&paths, &programs, &scenario, &dir, Watch::All)?;
+    Ok((deleted_at_the_end, cluster))
+}
+
 /// Runs the thermal scenario and disturbs it at every step the job reports.
 fn run_disturbed(disturb: impl FnMut(&mut Cluster, u64) -> Result<()>) -> Result<Disturbed> {
-    let (paths, programs) = programs()?;
-    let (dir, _deleted_at_the_end) = run_folder(false)?;
-    let mut cluster = Cluster::start(
-        &paths,
-        &programs,
-        &demo::scenario(&paths, "thermal"),
-        &dir,
-        Watch::All,
-    )?;
+    let (_deleted_at_the_end, mut cluster) = thermal()?;
     let run = observe(&mut cluster, &mut Progress::start(), disturb)?;
     Ok(Disturbed {
         run,
@@ -153,15 +154,7 @@ fn a_frozen_agent_catches_up_and_a_killed_job_leaves_a_correct_report() -> Resul
     if !privileged("a_frozen_agent_catches_up_and_a_killed_job_leaves_a_correct_report") {
         return Ok(());
     }
-    let (paths, programs) = programs()?;
-    let (dir, _deleted_at_the_end) = run_folder(false)?;
-    let mut cluster = Cluster::start(
-        &paths,
-        &programs,
-        &demo::scenario(&paths, "thermal"),
-        &dir,
-        Watch::All,
-    )?;
+    let (_deleted_at_the_end, mut cluster) = thermal()?;
     let (mut frozen, mut killed) = (None, None);
     // The virtual nodes may end with an error when their job is killed; the report is what counts.
     let _ended = observe(&mut cluster, &mut Progress::start(), |cluster, step| {
